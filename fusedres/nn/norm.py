@@ -1,0 +1,177 @@
+"""Batch normalisation as a module, and the fusion of plain norm, activation and pooling modules that blocks are made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import functional as fused
+from ..ops.checks import check_act
+
+
+def _statistics(norm: nn.BatchNorm2d) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments of ``functional.batch_norm_act`` for one call of ``norm``, as its forward has them."""
+    by_batch = norm.training or norm.running_mean is None
+    keep = not norm.training or norm.track_running_stats
+    counter = norm.num_batches_tracked if norm.training and norm.track_running_stats else None
+    return (
+        norm.running_mean if keep else None,
+        norm.running_var if keep else None,
+        norm.weight,
+        norm.bias,
+    ), {
+        "training": by_batch,
+        # Without a counter there is nothing to average over: nn.BatchNorm2d then moves its statistics by 0.
+        "momentum": norm.momentum if norm.momentum is not None or counter is not None else 0.0,
+        "eps": norm.eps,
+        "num_batches_tracked": counter,
+    }
+
+
+def _check_four_dimensional(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, but got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"expected 4D input (got {x.dim()}D input): x has shape {tuple(x.shape)}")
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """``act(batch_norm(x) + residual)`` in one pass over memory; otherwise an :class:`torch.nn.BatchNorm2d`.
+
+    Args:
+        num_features .. dtype: as :class:`torch.nn.BatchNorm2d`, with the same parameters, buffers and state_dict keys.
+        bias: False leaves out the learnable bias.
+        act: ``"relu"`` or None.
+
+    Shape: x (N, C, H, W) in float32, float64, bfloat16 or float16; residual the same, or whatever broadcasts; the output
+    has the shape, dtype and memory format of x.
+
+    ``nn.SyncBatchNorm.convert_sync_batchnorm`` makes a plain SyncBatchNorm of it, which drops ``act``.
+    """
+
+    act: str | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        act: str | None = "relu",
+    ) -> None:
+        check_act(act)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if affine and not bias:
+            self.register_parameter("bias", None)
+        self.act = act
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if torch.jit.is_scripting():
+            y = super().forward(x)
+            if residual is not None:
+                y = y + residual
+            return F.relu(y) if self.act == "relu" else y
+        if not isinstance(x, torch.fx.Proxy):
+            _check_four_dimensional(x)
+        positional, keywords = _statistics(self)
+        return fused.batch_norm_act(x, *positional, residual, **keywords, act=self.act)
+
+    def extra_repr(self) -> str:
+        without_bias = ", bias=False" if self.affine and self.bias is None else ""
+        return f"{super().extra_repr()}{without_bias}, act={self.act!r}"
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its forward."""
+    state = module.__dict__
+    return any(state[name] for name in _HOOKS) or "forward" in state
+
+
+def _no_global_hooks() -> bool:
+    module = torch.nn.modules.module
+    return not (
+        module._global_forward_hooks
+        or module._global_forward_pre_hooks
+        or module._global_backward_hooks
+        or module._global_backward_pre_hooks
+    )
+
+
+def is_fusable(norm: nn.Module) -> bool:
+    """Whether ``norm`` is exactly a batch normalisation whose forward a fused op can stand in for at this call.
+
+    A subclass may compute anything; parametrizations are subclasses too.
+    """
+    kind = type(norm)
+    if kind is BatchNormAct2d:
+        return norm.act is None and not has_hooks(norm)
+    return kind is nn.BatchNorm2d and not has_hooks(norm)
+
+
+def is_plain_relu(act: nn.Module) -> bool:
+    """Whether ``act`` is exactly ``nn.ReLU`` and nothing watches it."""
+    return type(act) is nn.ReLU and not has_hooks(act)
+
+
+def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, act: nn.Module | None = None) -> Tensor:
+    """``act(norm(x) + residual)``: one fused op where the modules allow it, else the modules' own forwards.
+
+    Args:
+        norm: any normalisation. act: any activation module, or None.
+    """
+    if is_fusable(norm) and (act is None or is_plain_relu(act)) and _no_global_hooks():
+        if not isinstance(x, torch.fx.Proxy):
+            _check_four_dimensional(x)
+        positional, keywords = _statistics(norm)
+        return fused.batch_norm_act(x, *positional, residual, **keywords, act=None if act is None else "relu")
+    y = norm(x)
+    if residual is not None:
+        y = y + residual
+    return y if act is None else act(y)
+
+
+def norm_add_norm_act(norm: nn.Module, x: Tensor, norm2: nn.Module, x2: Tensor, act: nn.Module | None = None) -> Tensor:
+    """``act(norm(x) + norm2(x2))``: one fused op where the modules allow it, else the modules' own forwards."""
+    if is_fusable(norm) and is_fusable(norm2) and (act is None or is_plain_relu(act)) and _no_global_hooks():
+        positional, first = _statistics(norm)
+        positional2, second = _statistics(norm2)
+        return fused.batch_norm_add_batch_norm_act(
+            x,
+            *positional,
+            x2,
+            *positional2,
+            **first,
+            **{f"{name}2": value for name, value in second.items()},
+            act=None if act is None else "relu",
+        )
+    return norm_act(norm, x, norm2(x2), act)
+
+
+def norm_act_max_pool(norm: nn.Module, x: Tensor, pool: nn.Module, act: nn.Module | None = None) -> Tensor:
+    """``pool(act(norm(x)))``: one fused op where the modules allow it, else the modules' own forwards."""
+    fusable = type(pool) is nn.MaxPool2d and not pool.return_indices and not has_hooks(pool)
+    if fusable and is_fusable(norm) and (act is None or is_plain_relu(act)) and _no_global_hooks():
+        positional, keywords = _statistics(norm)
+        return fused.batch_norm_act_max_pool(
+            x,
+            *positional,
+            kernel_size=pool.kernel_size,
+            stride=pool.stride,
+            padding=pool.padding,
+            dilation=pool.dilation,
+            ceil_mode=pool.ceil_mode,
+            **keywords,
+            act=None if act is None else "relu",
+        )
+    return pool(norm_act(norm, x, None, act))

@@ -1,0 +1,550 @@
+r"""Batch normalisation with residual addition and ReLU: ``act(bn(x) + residual)`` and ``act(bn(x) + bn2(x2))``.
+
+Forward, per channel over the ``m = N*H*W`` values of ``x`` (Ioffe and Szegedy 2015, with ``rstd = 1/sqrt(var + eps)``)::
+
+    y   = (x - mean) * scale + shift        scale = weight * rstd,  shift = bias
+    out = max(y + residual, 0)
+
+In training ``mean`` and the biased ``var`` are those of the batch, and the running statistics move towards the mean and
+the unbiased variance by ``momentum`` (or ``1/num_batches_tracked`` where momentum is None).
+
+Backward, with ``g = dout`` where ``out > 0``, else 0 (g is also the gradient of the residual)::
+
+    dbias = sum g      dweight = rstd * sum g*(x - mean)
+    dx    = scale * (g - dbias/m - (x - mean) * rstd * dweight/m)        training
+    dx    = scale * g                                                    evaluation
+
+What is saved: ``x``, three numbers per channel (``stats``: mean, rstd and the part of the mean below float32
+resolution, so that a mean of 1e4 costs no accuracy), and with a residual one bit per element for the ReLU. Without one
+the sign of ``y`` is recomputed from ``x`` by the forward's own arithmetic, and so is that of a pair from ``x`` and ``x2``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from .layout import laid_out_like, mask_bytes, pack_mask, unpack_mask
+from .registry import define
+
+_DIMS = (0, 2, 3)
+
+
+# ---- reference -------------------------------------------------------------------------------------------------------
+
+
+def _per_channel(v: Tensor) -> Tensor:
+    return v.view(1, -1, 1, 1)
+
+
+def _reference_statistics(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """The (3, C) statistics of a normalisation; updates the running ones in training."""
+    if training:
+        x64 = x.double()
+        mean = x64.mean(_DIMS)
+        var = (x64 - _per_channel(mean)).square().mean(_DIMS)
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        if running_mean is not None and running_var is not None:
+            factor = momentum if momentum is not None else num_batches_tracked.double().reciprocal()
+            m = x.numel() // x.size(1)
+            unbiased = var * (m / (m - 1))
+            running_mean.copy_(running_mean.double() * (1 - factor) + mean * factor)
+            running_var.copy_(running_var.double() * (1 - factor) + unbiased * factor)
+    else:
+        mean, var = running_mean.double(), running_var.double()
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    high = mean.to(dtype)
+    return torch.stack([high, (var + eps).rsqrt().to(dtype), (mean - high.double()).to(dtype)])
+
+
+def _reference_normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor) -> Tensor:
+    """``bn(x)`` in float64 from the saved statistics."""
+    mean, rstd, mean_low = stats.double()
+    y = (x.double() - _per_channel(mean) - _per_channel(mean_low)) * _per_channel(rstd)
+    if weight is not None:
+        y = y * _per_channel(weight.double())
+    return y if bias is None else y + _per_channel(bias.double())
+
+
+def _empty_mask(x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=torch.uint8)
+
+
+def _batch_norm_act_reference(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    relu: bool,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    stats = _reference_statistics(x, running_mean, running_var, num_batches_tracked, training, momentum, eps)
+    y = _reference_normalise(x, weight, bias, stats)
+    if residual is not None:
+        y = y + residual.double()
+    out = torch.empty_like(x).copy_(y.relu() if relu else y)
+    return out, stats, pack_mask(~(out <= 0)) if save_mask else _empty_mask(x)
+
+
+def _masked(dy: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """``dy`` in float64 where the stored, rounded ``y`` is not <= 0, so that NaN passes its gradient as in torch."""
+    return torch.where(y.to(dtype) <= 0, 0.0, dy.double())
+
+
+def _reference_backward(
+    g: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, training: bool, need_dx: bool, need_affine: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias of one normalisation from the masked float64 gradient ``g``."""
+    mean, rstd, mean_low = stats.double()
+    scale = rstd if weight is None else rstd * weight.double()
+    centred = x.double() - _per_channel(mean) - _per_channel(mean_low)
+    dbias = g.sum(_DIMS)
+    dweight = (g * centred).sum(_DIMS) * rstd
+    dx = x.new_empty(0)
+    if need_dx:
+        inner = g
+        if training and x.numel() > 0:
+            m = x.numel() // x.size(1)
+            inner = g - _per_channel(dbias / m) - centred * _per_channel(rstd * dweight / m)
+        dx = torch.empty_like(x).copy_(inner * _per_channel(scale))
+    dtype = weight.dtype if weight is not None else stats.dtype
+    return dx, *((v.to(dtype) if need_affine else stats.new_empty(0, dtype=dtype)) for v in (dweight, dbias))
+
+
+def _batch_norm_act_backward_reference(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    mask: Tensor | None,
+    training: bool,
+    relu: bool,
+    need_dx: bool,
+    need_dresidual: bool,
+    need_affine: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g = dy.double()
+    if mask is not None:
+        g = torch.where(unpack_mask(mask, x), g, 0.0)
+    elif relu:
+        g = _masked(dy, _reference_normalise(x, weight, bias, stats), x.dtype)
+    dx, dweight, dbias = _reference_backward(g, x, weight, stats, training, need_dx, need_affine)
+    dresidual = torch.empty_like(x).copy_(g) if need_dresidual else x.new_empty(0)
+    return dx, dresidual, dweight, dbias
+
+
+def _batch_norm_add_batch_norm_act_reference(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    x2: Tensor,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
+    running_mean2: Tensor | None,
+    running_var2: Tensor | None,
+    num_batches_tracked2: Tensor | None,
+    training2: bool,
+    momentum2: float | None,
+    eps2: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    stats = _reference_statistics(x, running_mean, running_var, num_batches_tracked, training, momentum, eps)
+    stats2 = _reference_statistics(x2, running_mean2, running_var2, num_batches_tracked2, training2, momentum2, eps2)
+    y = _reference_normalise(x, weight, bias, stats) + _reference_normalise(x2, weight2, bias2, stats2)
+    return torch.empty_like(x).copy_(y.relu() if relu else y), stats, stats2
+
+
+def _batch_norm_add_batch_norm_act_backward_reference(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    training: bool,
+    x2: Tensor,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
+    stats2: Tensor,
+    training2: bool,
+    relu: bool,
+    need_dx: bool,
+    need_dx2: bool,
+    need_affine: bool,
+    need_affine2: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    g = dy.double()
+    if relu:
+        y = _reference_normalise(x, weight, bias, stats) + _reference_normalise(x2, weight2, bias2, stats2)
+        g = _masked(dy, y, x.dtype)
+    dx, dweight, dbias = _reference_backward(g, x, weight, stats, training, need_dx, need_affine)
+    dx2, dweight2, dbias2 = _reference_backward(g, x2, weight2, stats2, training2, need_dx2, need_affine2)
+    return dx, dweight, dbias, dx2, dweight2, dbias2
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------------------
+
+
+def _fake_stats(x: Tensor) -> Tensor:
+    return x.new_empty((3, x.size(1)), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _fake_affine_grad(stats: Tensor, weight: Tensor | None, wanted: bool) -> Tensor:
+    return stats.new_empty(stats.size(1) if wanted else 0, dtype=stats.dtype if weight is None else weight.dtype)
+
+
+def _batch_norm_act_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    save_mask = args[-1]
+    mask = x.new_empty(mask_bytes(x) if save_mask else 0, dtype=torch.uint8)
+    return torch.empty_like(x), _fake_stats(x), mask
+
+
+def _batch_norm_act_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    mask: Tensor | None,
+    training: bool,
+    relu: bool,
+    need_dx: bool,
+    need_dresidual: bool,
+    need_affine: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dresidual = (torch.empty_like(x) if wanted else x.new_empty(0) for wanted in (need_dx, need_dresidual))
+    dweight, dbias = (_fake_affine_grad(stats, weight, need_affine) for _ in range(2))
+    return dx, dresidual, dweight, dbias
+
+
+def _batch_norm_add_batch_norm_act_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), _fake_stats(x), _fake_stats(x)
+
+
+def _batch_norm_add_batch_norm_act_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    training: bool,
+    x2: Tensor,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
+    stats2: Tensor,
+    training2: bool,
+    relu: bool,
+    need_dx: bool,
+    need_dx2: bool,
+    need_affine: bool,
+    need_affine2: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    results = []
+    for v, w, s, wants_dx, wants_affine in (
+        (x, weight, stats, need_dx, need_affine),
+        (x2, weight2, stats2, need_dx2, need_affine2),
+    ):
+        results.append(torch.empty_like(v) if wants_dx else v.new_empty(0))
+        results += [_fake_affine_grad(s, w, wants_affine) for _ in range(2)]
+    return tuple(results)
+
+
+# ---- ops -------------------------------------------------------------------------------------------------------------
+
+_NORM = (
+    "Tensor? weight{0}, Tensor? bias{0}, Tensor({1}!)? running_mean{0}, Tensor({2}!)? running_var{0}, "
+    "Tensor({3}!)? num_batches_tracked{0}, bool training{0}, float? momentum{0}, float eps{0}"
+)
+
+BATCH_NORM_ACT = define(
+    "batch_norm_act",
+    f"(Tensor x, Tensor? residual, {_NORM.format('', 'a', 'b', 'c')}, bool relu, bool save_mask)"
+    " -> (Tensor out, Tensor stats, Tensor mask)",
+    _batch_norm_act_reference,
+    _batch_norm_act_fake,
+)
+
+BATCH_NORM_ACT_BACKWARD = define(
+    "batch_norm_act_backward",
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, Tensor? mask, bool training, bool relu,"
+    " bool need_dx, bool need_dresidual, bool need_affine)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    _batch_norm_act_backward_reference,
+    _batch_norm_act_backward_fake,
+)
+
+BATCH_NORM_ADD_BATCH_NORM_ACT = define(
+    "batch_norm_add_batch_norm_act",
+    f"(Tensor x, {_NORM.format('', 'a', 'b', 'c')}, Tensor x2, {_NORM.format('2', 'd', 'e', 'f')}, bool relu)"
+    " -> (Tensor out, Tensor stats, Tensor stats2)",
+    _batch_norm_add_batch_norm_act_reference,
+    _batch_norm_add_batch_norm_act_fake,
+)
+
+BATCH_NORM_ADD_BATCH_NORM_ACT_BACKWARD = define(
+    "batch_norm_add_batch_norm_act_backward",
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, bool training,"
+    " Tensor x2, Tensor? weight2, Tensor? bias2, Tensor stats2, bool training2, bool relu,"
+    " bool need_dx, bool need_dx2, bool need_affine, bool need_affine2)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dx2, Tensor dweight2, Tensor dbias2)",
+    _batch_norm_add_batch_norm_act_backward_reference,
+    _batch_norm_add_batch_norm_act_backward_fake,
+)
+
+
+# ---- eager PyTorch ---------------------------------------------------------------------------------------------------
+
+
+def eager_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """``F.batch_norm`` and the counter of ``nn.BatchNorm2d``; the cumulative average without a host synchronisation."""
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if momentum is not None or not training or running_mean is None or running_var is None:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum or 0.0, eps)
+    mean, var = torch.zeros_like(running_mean), torch.zeros_like(running_var)
+    y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)
+    factor = num_batches_tracked.reciprocal().to(mean.dtype)
+    running_mean.lerp_(mean, factor)
+    running_var.lerp_(var, factor)
+    return y
+
+
+def _differentiable_backward(
+    g: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, training: bool, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias from ATen ops that autograd can differentiate again; used under ``create_graph``."""
+    mean, rstd, mean_low = stats.unbind()
+    if training:
+        return torch.ops.aten.native_batch_norm_backward(
+            g, x, weight, None, None, mean + mean_low, rstd, True, eps, [True, True, True]
+        )
+    dtype = stats.dtype
+    scale = rstd if weight is None else rstd * weight.to(dtype)
+    g_wide = g.to(dtype)
+    x_hat = (x.to(dtype) - _per_channel(mean) - _per_channel(mean_low)) * _per_channel(rstd)
+    param_dtype = dtype if weight is None else weight.dtype
+    dx = (g_wide * _per_channel(scale)).to(x.dtype)
+    return dx, (g_wide * x_hat).sum(_DIMS).to(param_dtype), g_wide.sum(_DIMS).to(param_dtype)
+
+
+def _statistics_dtype_of(x: Tensor, weight: Tensor | None, stats: Tensor) -> Tensor:
+    """ATen wants the saved statistics in the parameters' dtype."""
+    wanted = x.dtype if weight is not None and weight.dtype == x.dtype else stats.dtype
+    return stats.to(wanted)
+
+
+def _recomputed_mask(y: Tensor, dtype: torch.dtype) -> Tensor:
+    return ~(y.to(dtype) <= 0)
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+class BatchNormActFunction(Function):
+    """``act(bn(x) + residual)``; arguments after ``bias`` are not differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        training: bool,
+        momentum: float | None,
+        eps: float,
+        relu: bool,
+        forward_op: Any,
+        backward_op: Any,
+    ) -> Tensor:
+        save_mask = relu and residual is not None
+        out, stats, mask = forward_op(
+            x,
+            residual,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            training,
+            momentum,
+            eps,
+            relu,
+            save_mask,
+        )
+        ctx.save_for_backward(x, weight, bias, stats, mask if save_mask else None)
+        ctx.config = (training, eps, relu, backward_op)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, stats, mask = ctx.saved_tensors
+        training, eps, relu, backward_op = ctx.config
+        need_dx, need_dresidual, need_dweight, need_dbias = ctx.needs_input_grad[:4]
+        need_affine = need_dweight or need_dbias
+        dx = dresidual = dweight = dbias = None
+        if torch.is_grad_enabled():
+            g = dy
+            if mask is not None:
+                g = dy * unpack_mask(mask, x)
+            elif relu:
+                with torch.no_grad():
+                    keep = _recomputed_mask(_reference_normalise(x, weight, bias, stats), x.dtype)
+                g = dy * keep
+            dresidual = g
+            if need_dx or need_affine:
+                saved = _statistics_dtype_of(x, weight, stats)
+                dx, dweight, dbias = _differentiable_backward(g, x, weight, saved, training, eps)
+        elif relu or need_dx or need_affine:
+            dx, dresidual, dweight, dbias = backward_op(
+                laid_out_like(dy, x),
+                x,
+                weight,
+                bias,
+                stats,
+                mask,
+                training,
+                relu,
+                need_dx,
+                need_dresidual and relu,
+                need_affine,
+            )
+        if not relu:
+            dresidual = dy
+        return (
+            dx if need_dx else None,
+            dresidual if need_dresidual else None,
+            dweight if need_dweight else None,
+            dbias if need_dbias else None,
+            *(None,) * 9,
+        )
+
+
+class BatchNormAddBatchNormActFunction(Function):
+    """``act(bn(x) + bn2(x2))``; only ``x``, ``weight``, ``bias`` and their seconds are differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        training: bool,
+        momentum: float | None,
+        eps: float,
+        x2: Tensor,
+        weight2: Tensor | None,
+        bias2: Tensor | None,
+        running_mean2: Tensor | None,
+        running_var2: Tensor | None,
+        num_batches_tracked2: Tensor | None,
+        training2: bool,
+        momentum2: float | None,
+        eps2: float,
+        relu: bool,
+        forward_op: Any,
+        backward_op: Any,
+    ) -> Tensor:
+        out, stats, stats2 = forward_op(
+            x,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            training,
+            momentum,
+            eps,
+            x2,
+            weight2,
+            bias2,
+            running_mean2,
+            running_var2,
+            num_batches_tracked2,
+            training2,
+            momentum2,
+            eps2,
+            relu,
+        )
+        ctx.save_for_backward(x, weight, bias, stats, x2, weight2, bias2, stats2)
+        ctx.config = (training, eps, training2, eps2, relu, backward_op)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, stats, x2, weight2, bias2, stats2 = ctx.saved_tensors
+        training, eps, training2, eps2, relu, backward_op = ctx.config
+        needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[9:12])
+        if torch.is_grad_enabled():
+            g = dy
+            if relu:
+                with torch.no_grad():
+                    y = _reference_normalise(x, weight, bias, stats) + _reference_normalise(x2, weight2, bias2, stats2)
+                    keep = _recomputed_mask(y, x.dtype)
+                g = dy * keep
+            grads = (
+                *_differentiable_backward(g, x, weight, _statistics_dtype_of(x, weight, stats), training, eps),
+                *_differentiable_backward(g, x2, weight2, _statistics_dtype_of(x2, weight2, stats2), training2, eps2),
+            )
+        else:
+            grads = backward_op(
+                laid_out_like(dy, x),
+                x,
+                weight,
+                bias,
+                stats,
+                training,
+                x2,
+                weight2,
+                bias2,
+                stats2,
+                training2,
+                relu,
+                needs[0],
+                needs[3],
+                needs[1] or needs[2],
+                needs[4] or needs[5],
+            )
+        first, second = ([g if need else None for g, need in zip(grads[i : i + 3], needs[i : i + 3])] for i in (0, 3))
+        return *first, *(None,) * 6, *second, *(None,) * 9

@@ -1,0 +1,198 @@
+"""The stem of a ResNet: ``max_pool(act(bn(x)))``, without the un-pooled activation ever being written.
+
+Forward: the statistics of ``batch_norm_act``, then one pass that normalises and pools. The winner of a window is the
+one that ``torch.max_pool2d`` picks from the rounded activations: the first of equals, and the last NaN.
+
+Backward: only ``x`` and the per-channel statistics are saved; the winners are found again from ``x`` by the forward's own
+arithmetic. With ``g`` the gradient that the windows send to each pixel (zero where the activation was cut), dweight,
+dbias and dx follow as in ``batch_norm_act``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from .batch_norm_act import (
+    _NORM,
+    _differentiable_backward,
+    _fake_affine_grad,
+    _fake_stats,
+    _reference_backward,
+    _reference_normalise,
+    _reference_statistics,
+    _statistics_dtype_of,
+)
+from .checks import pooled_size
+from .layout import is_channels_last, laid_out_like
+from .registry import define
+
+Pair = tuple[int, int]
+
+
+def _activation(x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, relu: bool) -> Tensor:
+    """The rounded activation that is pooled, in the dtype and layout of ``x``."""
+    y = _reference_normalise(x, weight, bias, stats)
+    return torch.empty_like(x).copy_(y.relu() if relu else y)
+
+
+def _batch_norm_act_max_pool_reference(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    relu: bool,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    ceil_mode: bool,
+) -> tuple[Tensor, Tensor]:
+    stats = _reference_statistics(x, running_mean, running_var, num_batches_tracked, training, momentum, eps)
+    pooled = F.max_pool2d(_activation(x, weight, bias, stats, relu), kernel_size, stride, padding, dilation, ceil_mode)
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    return torch.empty(pooled.shape, dtype=x.dtype, device=x.device, memory_format=layout).copy_(pooled), stats
+
+
+def _batch_norm_act_max_pool_backward_reference(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    training: bool,
+    relu: bool,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    ceil_mode: bool,
+    need_dx: bool,
+    need_affine: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = _activation(x, weight, bias, stats, relu)
+    window = (kernel_size, stride, padding, dilation, ceil_mode)
+    winners = F.max_pool2d(y, *window, return_indices=True)[1]
+    g = torch.ops.aten.max_pool2d_with_indices_backward(dy.double(), y.double(), *window, winners)
+    if relu:
+        g = torch.where(y <= 0, 0.0, g)
+    return _reference_backward(g, x, weight, stats, training, need_dx, need_affine)
+
+
+def _batch_norm_act_max_pool_fake(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    relu: bool,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    ceil_mode: bool,
+) -> tuple[Tensor, Tensor]:
+    size = [
+        pooled_size(*args, ceil_mode)
+        for args in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
+    ]
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    out = torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=layout)
+    return out, _fake_stats(x)
+
+
+def _batch_norm_act_max_pool_backward_fake(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_dx, need_affine = args[-2:]
+    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
+    dweight, dbias = (_fake_affine_grad(stats, weight, need_affine) for _ in range(2))
+    return dx, dweight, dbias
+
+
+_WINDOW = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode"
+
+BATCH_NORM_ACT_MAX_POOL = define(
+    "batch_norm_act_max_pool",
+    f"(Tensor x, {_NORM.format('', 'a', 'b', 'c')}, bool relu, {_WINDOW}) -> (Tensor out, Tensor stats)",
+    _batch_norm_act_max_pool_reference,
+    _batch_norm_act_max_pool_fake,
+)
+
+BATCH_NORM_ACT_MAX_POOL_BACKWARD = define(
+    "batch_norm_act_max_pool_backward",
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, bool training, bool relu,"
+    f" {_WINDOW}, bool need_dx, bool need_affine) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    _batch_norm_act_max_pool_backward_reference,
+    _batch_norm_act_max_pool_backward_fake,
+)
+
+
+class BatchNormActMaxPoolFunction(Function):
+    """``max_pool(act(bn(x)))``; only ``x``, ``weight`` and ``bias`` are differentiable. ``window`` as max_pool2d's arguments."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        training: bool,
+        momentum: float | None,
+        eps: float,
+        relu: bool,
+        window: tuple[Pair, Pair, Pair, Pair, bool],
+        forward_op: Any,
+        backward_op: Any,
+    ) -> Tensor:
+        out, stats = forward_op(
+            x,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            training,
+            momentum,
+            eps,
+            relu,
+            *window,
+        )
+        ctx.save_for_backward(x, weight, bias, stats)
+        ctx.config = (training, eps, relu, window, backward_op)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, stats = ctx.saved_tensors
+        training, eps, relu, window, backward_op = ctx.config
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                y = _activation(x, weight, bias, stats, relu)
+                winners = F.max_pool2d(y, *window, return_indices=True)[1]
+            g = torch.ops.aten.max_pool2d_with_indices_backward(dy, y, *window, winners)
+            if relu:
+                g = g * ~(y <= 0)
+            grads = _differentiable_backward(g, x, weight, _statistics_dtype_of(x, weight, stats), training, eps)
+        else:
+            need_affine = needs[1] or needs[2]
+            dy = laid_out_like(dy, x)
+            grads = backward_op(dy, x, weight, bias, stats, training, relu, *window, needs[0], need_affine)
+        return *(g if need else None for g, need in zip(grads, needs)), *(None,) * 10
