@@ -1,0 +1,1 @@
+"""CPU benchmarks: `pytest benchmarks/ --benchmark-only`, `python -m benchmarks.ops`, `python -m benchmarks.bars`."""

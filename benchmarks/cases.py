@@ -1,0 +1,242 @@
+"""The four ops in plain PyTorch and in fusedres, the bytes they must move, and the gate before any timing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as tnf
+from torch import Tensor
+
+from .harness import Comparison, compare, copy_bandwidth
+from .shapes import Shape
+
+OPS = ("batch_norm_act", "batch_norm_add_batch_norm_act", "batch_norm_act_max_pool", "add_act")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+EPS, MOMENTUM = 1e-5, 0.1
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that must cross memory when nothing stays cached between passes over a tensor."""
+
+    forward: int
+    backward: int
+    touched: int  # distinct bytes of forward and backward together: what would have to fit a cache
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward
+
+
+def byte_floor(shape: Shape, itemsize: int) -> Traffic:
+    """The two-pass floor: statistics and gradient sums each need a pass of their own; masks are one bit per element.
+
+    Per-channel vectors are left out. In elements of x (t) and mask bits (m):
+    BN+ReLU            forward x | x -> y           backward dy x | dy x -> dx                  3t, 5t
+    BN+add+ReLU        forward x | x r -> y m       backward dy m x | dy m x -> dx dr           4t+m, 6t+2m
+    BN+BN+add+ReLU     forward x x2 | x x2 -> y m   backward dy m x x2 | dy m x x2 -> dx dx2    5t+m, 8t+2m
+    BN+ReLU+max pool   forward x | x -> p           backward dp x | dp x -> dx                  2t+p, 3t+2p
+    add+ReLU           forward x r -> y m           backward dy m -> dx (serves both inputs)    3t+m, 2t+m
+    """
+    t, m = shape.numel * itemsize, shape.numel // 8
+    if shape.op == "batch_norm_act":
+        return Traffic(4 * t + m, 6 * t + 2 * m, 6 * t + m) if shape.residual else Traffic(3 * t, 5 * t, 4 * t)
+    if shape.op == "batch_norm_add_batch_norm_act":
+        return Traffic(5 * t + m, 8 * t + 2 * m, 6 * t + m)
+    if shape.op == "batch_norm_act_max_pool":
+        pooled = shape.n * shape.c * ((shape.h - 1) // 2 + 1) * ((shape.w - 1) // 2 + 1) * itemsize
+        return Traffic(2 * t + pooled, 3 * t + 2 * pooled, 2 * t + 2 * pooled)
+    return Traffic(3 * t + m, 2 * t + m, 5 * t + m)
+
+
+def _norm(x: Tensor, stats: Sequence[Tensor], affine: Sequence[Tensor]) -> Tensor:
+    return tnf.batch_norm(x, stats[0], stats[1], affine[0], affine[1], True, MOMENTUM, EPS)
+
+
+def _eager(op: str, inputs: Sequence[Tensor], stats: Sequence[Tensor]) -> Tensor:
+    """As torchvision's ResNet spells it: in-place addition, in-place ReLU."""
+    if op == "add_act":
+        return torch.relu_(inputs[0] + inputs[1])
+    out = _norm(inputs[0], stats, inputs[1:3])
+    if op == "batch_norm_act_max_pool":
+        return tnf.max_pool2d(torch.relu_(out), 3, 2, 1)
+    if op == "batch_norm_add_batch_norm_act":
+        out += _norm(inputs[3], stats[2:], inputs[4:6])
+    elif len(inputs) > 3:
+        out += inputs[3]
+    return torch.relu_(out)
+
+
+def _fused(op: str, inputs: Sequence[Tensor], stats: Sequence[Tensor]) -> Tensor:
+    from fusedres import functional as F
+
+    options: dict[str, Any] = {"training": True, "momentum": MOMENTUM, "eps": EPS}
+    if op == "add_act":
+        return F.add_act(inputs[0], inputs[1])
+    norm = (inputs[0], *stats[:2], *inputs[1:3])
+    if op == "batch_norm_act_max_pool":
+        return F.batch_norm_act_max_pool(*norm, **options)
+    if op == "batch_norm_add_batch_norm_act":
+        return F.batch_norm_add_batch_norm_act(*norm, inputs[3], *stats[2:], *inputs[4:], **options)
+    return F.batch_norm_act(*norm, *inputs[3:], **options)
+
+
+PEERS: dict[str, Callable[[str, Sequence[Tensor], Sequence[Tensor]], Tensor]] = {"eager": _eager, "fusedres": _fused}
+
+
+class Case:
+    """One op on one shape, dtype and layout: tensors, candidates to time, and the gate."""
+
+    def __init__(self, shape: Shape, dtype: str = "float32", layout: str = "channels_last", seed: int = 0) -> None:
+        self.shape, self.dtype, self.layout = shape, dtype, layout
+        generator = torch.Generator().manual_seed(seed)
+        size, c, form = (shape.n, shape.c, shape.h, shape.w), shape.c, FORMATS[layout]
+
+        def activation(*size: int) -> Tensor:
+            x = torch.randn(size, generator=generator).to(DTYPES[dtype])
+            return x.contiguous(memory_format=form)
+
+        def affine() -> list[Tensor]:
+            return [torch.rand(c, generator=generator) + 0.5, torch.randn(c, generator=generator) * 0.1]
+
+        self.inputs = [activation(*size)]
+        if shape.op != "add_act":
+            self.inputs += affine()
+        if shape.residual or shape.op == "batch_norm_add_batch_norm_act":
+            self.inputs.append(activation(*size))
+        norms = {"add_act": 0, "batch_norm_add_batch_norm_act": 2}.get(shape.op, 1)
+        if norms == 2:
+            self.inputs += affine()
+        self.stats = [f(c) for _ in range(norms) for f in (torch.zeros, torch.ones)]
+        for tensor in self.inputs:
+            tensor.requires_grad_()
+        out_size = size
+        if shape.op == "batch_norm_act_max_pool":
+            out_size = (shape.n, c, (shape.h - 1) // 2 + 1, (shape.w - 1) // 2 + 1)
+        self.grad_out = activation(*out_size)
+
+    @property
+    def key(self) -> str:
+        return f"{self.shape.key}-{self.dtype}-{self.layout}"
+
+    @property
+    def traffic(self) -> Traffic:
+        return byte_floor(self.shape, DTYPES[self.dtype].itemsize)
+
+    def pipeline(self, peer: str) -> list[Callable[..., Any]]:
+        """[forward, backward]; the backward drops output, graph and gradients, as a training step does."""
+        call, op, inputs, stats, grad_out = PEERS[peer], self.shape.op, self.inputs, self.stats, self.grad_out
+
+        def forward() -> Tensor:
+            return call(op, inputs, stats)
+
+        def backward(out: Tensor) -> None:
+            torch.autograd.grad(out, inputs, grad_out)
+
+        return [forward, backward]
+
+    def results(self, peer: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Output, gradients and updated running statistics of one call, in float64."""
+        inputs = [t.detach().clone().to(dtype or t.dtype).requires_grad_() for t in self.inputs]
+        stats = [(torch.zeros if i % 2 == 0 else torch.ones)(self.shape.c, dtype=dtype) for i in range(len(self.stats))]
+        out = PEERS[peer](self.shape.op, inputs, stats)
+        grads = torch.autograd.grad(out, inputs, self.grad_out.to(out.dtype))
+        named = (
+            {"out": out} | {f"grad{i}": g for i, g in enumerate(grads)} | {f"stat{i}": s for i, s in enumerate(stats)}
+        )
+        return {k: v.detach().double() for k, v in named.items()}
+
+    def gate(self, peer: str = "fusedres") -> None:
+        """Raise unless every result is as near to float64 as eager's at the same dtype is.
+
+        Relative L2 errors: at most twice eager's, plus what a few ReLU or pooling decisions within rounding of a tie
+        change. (The tests hold the stricter rule, element by element.)
+        """
+        exact = self.results("eager", torch.float64)
+        eager, ours = self.results("eager"), self.results(peer)
+        slack = {"float32": 1e-3, "bfloat16": 2**-7, "float16": 2**-9}[self.dtype]
+        for name, reference in exact.items():
+            if ours[name].shape != reference.shape:
+                got, wanted = tuple(ours[name].shape), tuple(reference.shape)
+                raise AssertionError(f"{self.key}: {name} has shape {got}, eager {wanted}")
+            scale = reference.norm().clamp_min(1e-12)
+            error = (ours[name] - reference).norm() / scale
+            allowed = 2 * (eager[name] - reference).norm() / scale + slack
+            if not error <= allowed:  # also catches NaN
+                raise AssertionError(f"{self.key}: {name} is off by {error:.2e} (relative L2), allowed {allowed:.2e}")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One case, measured: what goes into tables and JSON."""
+
+    op: str
+    residual: bool
+    shape: tuple[int, int, int, int]
+    uses: dict[str, int]
+    dtype: str
+    layout: str
+    eager_ms: float
+    fused_ms: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    forward_ratio: float
+    backward_ratio: float
+    fused_forward_ms: float
+    fused_backward_ms: float
+    floor_bytes: int
+    fused_gb_per_s: float
+    eager_gb_per_s: float
+    copy_gb_per_s: float
+    share_of_copy: float
+    eager_faults: float
+    fused_faults: float
+    rounds: int
+
+    @property
+    def key(self) -> str:
+        n, c, h, w = self.shape
+        return f"{self.op}{'+residual' if self.residual and self.op == 'batch_norm_act' else ''}[{n}x{c}x{h}x{w}]"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(case: Case, *, gate: bool = True, clock: str = "cpu", **options: Any) -> tuple[Measurement, Comparison]:
+    """Gate the case, then time eager and fusedres on it, alternating."""
+    if gate:
+        case.gate()
+    done = compare({"eager": case.pipeline("eager"), "fusedres": case.pipeline("fusedres")}, clock=clock, **options)
+    eager, fused, ratio = done.timings["eager"], done.timings["fusedres"], done.ratio("fusedres")
+    shape, traffic = case.shape, case.traffic
+    copy = copy_bandwidth(traffic.touched // 2)  # a copy touches two buffers
+    return Measurement(
+        op=shape.op,
+        residual=shape.residual,
+        shape=(shape.n, shape.c, shape.h, shape.w),
+        uses=dict(shape.uses),
+        dtype=case.dtype,
+        layout=case.layout,
+        eager_ms=eager.median * 1e3,
+        fused_ms=fused.median * 1e3,
+        ratio=ratio.value,
+        ratio_low=ratio.low,
+        ratio_high=ratio.high,
+        forward_ratio=done.ratio("fusedres", 0).value,
+        backward_ratio=done.ratio("fusedres", 1).value,
+        fused_forward_ms=fused.stage_medians[0] * 1e3,
+        fused_backward_ms=fused.stage_medians[1] * 1e3,
+        floor_bytes=traffic.total,
+        fused_gb_per_s=traffic.total / fused.median * 1e-9,
+        eager_gb_per_s=traffic.total / eager.median * 1e-9,
+        copy_gb_per_s=copy * 1e-9,
+        share_of_copy=traffic.total / fused.median / copy,
+        eager_faults=eager.faults_per_call,
+        fused_faults=fused.faults_per_call,
+        rounds=done.rounds,
+    ), done
