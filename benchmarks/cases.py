@@ -53,28 +53,28 @@ def byte_floor(shape: Shape, itemsize: int) -> Traffic:
     return Traffic(3 * t + m, 2 * t + m, 5 * t + m)
 
 
-def _norm(x: Tensor, stats: Sequence[Tensor], affine: Sequence[Tensor]) -> Tensor:
-    return tnf.batch_norm(x, stats[0], stats[1], affine[0], affine[1], True, MOMENTUM, EPS)
+def _norm(x: Tensor, stats: Sequence[Tensor], affine: Sequence[Tensor], training: bool) -> Tensor:
+    return tnf.batch_norm(x, stats[0], stats[1], affine[0], affine[1], training, MOMENTUM, EPS)
 
 
-def _eager(op: str, inputs: Sequence[Tensor], stats: Sequence[Tensor]) -> Tensor:
+def _eager(op: str, inputs: Sequence[Tensor], stats: Sequence[Tensor], training: bool) -> Tensor:
     """As torchvision's ResNet spells it: in-place addition, in-place ReLU."""
     if op == "add_act":
         return torch.relu_(inputs[0] + inputs[1])
-    out = _norm(inputs[0], stats, inputs[1:3])
+    out = _norm(inputs[0], stats, inputs[1:3], training)
     if op == "batch_norm_act_max_pool":
         return tnf.max_pool2d(torch.relu_(out), 3, 2, 1)
     if op == "batch_norm_add_batch_norm_act":
-        out += _norm(inputs[3], stats[2:], inputs[4:6])
+        out += _norm(inputs[3], stats[2:], inputs[4:6], training)
     elif len(inputs) > 3:
         out += inputs[3]
     return torch.relu_(out)
 
 
-def _fused(op: str, inputs: Sequence[Tensor], stats: Sequence[Tensor]) -> Tensor:
+def _fused(op: str, inputs: Sequence[Tensor], stats: Sequence[Tensor], training: bool) -> Tensor:
     from fusedres import functional as F
 
-    options: dict[str, Any] = {"training": True, "momentum": MOMENTUM, "eps": EPS}
+    options: dict[str, Any] = {"training": training, "momentum": MOMENTUM, "eps": EPS}
     if op == "add_act":
         return F.add_act(inputs[0], inputs[1])
     norm = (inputs[0], *stats[:2], *inputs[1:3])
@@ -85,7 +85,10 @@ def _fused(op: str, inputs: Sequence[Tensor], stats: Sequence[Tensor]) -> Tensor
     return F.batch_norm_act(*norm, *inputs[3:], **options)
 
 
-PEERS: dict[str, Callable[[str, Sequence[Tensor], Sequence[Tensor]], Tensor]] = {"eager": _eager, "fusedres": _fused}
+PEERS: dict[str, Callable[[str, Sequence[Tensor], Sequence[Tensor], bool], Tensor]] = {
+    "eager": _eager,
+    "fusedres": _fused,
+}
 
 
 class Case:
@@ -132,18 +135,30 @@ class Case:
         call, op, inputs, stats, grad_out = PEERS[peer], self.shape.op, self.inputs, self.stats, self.grad_out
 
         def forward() -> Tensor:
-            return call(op, inputs, stats)
+            return call(op, inputs, stats, True)
 
         def backward(out: Tensor) -> None:
             torch.autograd.grad(out, inputs, grad_out)
 
         return [forward, backward]
 
+    def call(self, peer: str, mode: str) -> Callable[[], Any]:
+        """One uninterrupted call: "train" is forward and backward, "forward" a training forward with a graph,
+        "eval" a forward with running statistics that records none."""
+        if mode == "train":
+            forward, backward = self.pipeline(peer)
+            return lambda: backward(forward())
+        run, op, inputs, stats = PEERS[peer], self.shape.op, self.inputs, self.stats
+        if mode == "forward":
+            return lambda: run(op, inputs, stats, True)
+        constants = [t.detach() for t in inputs]
+        return lambda: run(op, constants, stats, False)
+
     def results(self, peer: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Output, gradients and updated running statistics of one call, in float64."""
         inputs = [t.detach().clone().to(dtype or t.dtype).requires_grad_() for t in self.inputs]
         stats = [(torch.zeros if i % 2 == 0 else torch.ones)(self.shape.c, dtype=dtype) for i in range(len(self.stats))]
-        out = PEERS[peer](self.shape.op, inputs, stats)
+        out = PEERS[peer](self.shape.op, inputs, stats, True)
         grads = torch.autograd.grad(out, inputs, self.grad_out.to(out.dtype))
         named = (
             {"out": out} | {f"grad{i}": g for i, g in enumerate(grads)} | {f"stat{i}": s for i, s in enumerate(stats)}

@@ -30,7 +30,6 @@ Stage = Callable[..., Any]
 Candidate = Stage | Sequence[Stage]  # a pipeline: each stage receives what the previous one returned, the first nothing
 
 CLOCKS = {"cpu": time.process_time_ns, "wall": time.perf_counter_ns}
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 def set_memory_regime(regime: str) -> str:
@@ -43,12 +42,9 @@ def set_memory_regime(regime: str) -> str:
         raise ValueError(f"regime must be 'recycled' or 'default', got {regime!r}")
     if regime == "default":
         return "default"
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return "default"  # not glibc: macOS, musl, Windows
-    kept = mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    return "recycled" if kept else "default"
+    from fusedres import reuse_host_memory
+
+    return "recycled" if reuse_host_memory() is None else "default"  # not glibc: as the system has it
 
 
 def minor_faults() -> int:

@@ -39,8 +39,9 @@ class Step:
             module.load_state_dict(plain.state_dict(), strict=True)
         self.module = module.to(memory_format=torch.channels_last)
         classes = self.module.fc.out_features
-        self.x = torch.randn(batch, *INPUTS[model]).contiguous(memory_format=torch.channels_last)
-        self.target = torch.randint(0, classes, (batch,))
+        data = torch.Generator().manual_seed(seed)  # its own: the models draw differently many numbers
+        self.x = torch.randn(batch, *INPUTS[model], generator=data).contiguous(memory_format=torch.channels_last)
+        self.target = torch.randint(0, classes, (batch,), generator=data)
         self.autocast = dtype == "bfloat16"
         self.optimizer = torch.optim.SGD(self.module.parameters(), lr=1e-3, momentum=0.9, foreach=False)
         self.run = torch.compile(self.module) if kind == "compile" else self.module
