@@ -136,7 +136,9 @@ def gencode(archs: list[str]) -> list[str]:
 
 def cudart_flags(nvcc: str) -> list[str]:
     """Link flags of the static CUDA runtime, from the directories that nvcc itself would use, or the PyPI packages' ``lib``."""
-    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False).stderr
+    plan = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
+    ).stderr
     top = re.search(r"(?m)^#\$ TOP=(.+)$", plan)
     folders = [*re.findall(r'"-L([^"]+)"', plan), *([f"{top[1]}/lib"] if top else [])]
     found = [f"-L{folder}" for folder in dict.fromkeys(folders) if Path(folder, "libcudart_static.a").exists()]
@@ -167,7 +169,9 @@ class NinjaFile:
 
 def shell(arguments: list[str]) -> str:
     """Arguments as text for a ninja command line."""
-    return " ".join(argument if re.fullmatch(r"[\w@%+=:,./-]+", argument) else f"'{argument}'" for argument in arguments).replace("$", "$$")
+    return " ".join(
+        argument if re.fullmatch(r"[\w@%+=:,./-]+", argument) else f"'{argument}'" for argument in arguments
+    ).replace("$", "$$")
 
 
 class BuildNative(build_ext):
@@ -195,16 +199,22 @@ class BuildNative(build_ext):
         self.cxx = find_cxx()
         self.nvcc = None
         if sys.platform != "linux":
-            return dict.fromkeys(names, f"native code is built on Linux only, this is {sys.platform}; eager PyTorch serves every op")
+            return dict.fromkeys(
+                names, f"native code is built on Linux only, this is {sys.platform}; eager PyTorch serves every op"
+            )
         if self.cxx is None or not accepts(self.cxx, CXX_FLAGS):
             found = f"{self.cxx} does not compile C++20" if self.cxx else "no C++ compiler found"
-            return dict.fromkeys(names, f"{found}; install g++ >= 11 and reinstall for native kernels (Python and Triton work without)")
+            return dict.fromkeys(
+                names, f"{found}; install g++ >= 11 and reinstall for native kernels (Python and Triton work without)"
+            )
         self.torch = find_torch()
         if self.torch is None:
             wanted = ".".join(map(str, MINIMUM_TORCH))
             old = find_torch(minimum=(0, 0))
             got = f"torch {'.'.join(map(str, torch_version(old)))} in {old}" if old else "no torch"
-            raise BuildError(f"fusedres needs torch>={wanted} to build, found {got}; install it, or drop --no-build-isolation")
+            raise BuildError(
+                f"fusedres needs torch>={wanted} to build, found {got}; install it, or drop --no-build-isolation"
+            )
         missing = {}
         if not Path(sysconfig.get_path("include"), "Python.h").exists():
             missing["fusedres._C"] = "Python.h not found; install Python's development headers (python3-dev)"
@@ -242,22 +252,45 @@ class BuildNative(build_ext):
         self.directory = f"build/native-{tag}"  # kept between builds, so that only what changed is compiled
         self.flags = [*CXX_FLAGS, "-Icsrc", *os.environ.get("CXXFLAGS", "").split()]
         if sanitize:
-            self.flags += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-        self.isas = [isa for isa, flags in ISA_FLAGS.items() if isa == "baseline" or platform.machine() == "x86_64" and accepts(self.cxx, flags)]
+            self.flags += [
+                "-O1",
+                "-g",
+                "-fno-omit-frame-pointer",
+                "-fsanitize=address,undefined",
+                "-fno-sanitize-recover=undefined",
+            ]
+        self.isas = [
+            isa
+            for isa, flags in ISA_FLAGS.items()
+            if isa == "baseline" or platform.machine() == "x86_64" and accepts(self.cxx, flags)
+        ]
         self.archs = cuda_archs(self.nvcc) if self.nvcc else []
         self.ninja = NinjaFile(self.directory)
         link_flags = ["-shared", "-Wl,--no-as-needed", *(["-fsanitize=address,undefined"] if sanitize else [])]
-        self.ninja.rule("cxx", f"{shell([self.cxx])} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc", description="$out")
+        self.ninja.rule(
+            "cxx",
+            f"{shell([self.cxx])} -MMD -MF $out.d $flags -c $in -o $out",
+            depfile="$out.d",
+            deps="gcc",
+            description="$out",
+        )
         self.ninja.rule("link", f"{shell([self.cxx, *link_flags])} $in $flags -o $out", description="$out")
-        self.ninja.rule("stub", f"{shell([self.cxx])} -shared -Wl,-soname,$soname -x c /dev/null -o $out", description="$out")
-        libraries = {extension.name: getattr(self, f"edges_{extension.name.rpartition('.')[2]}")(extension.sources) for extension in self.extensions}
+        self.ninja.rule(
+            "stub", f"{shell([self.cxx])} -shared -Wl,-soname,$soname -x c /dev/null -o $out", description="$out"
+        )
+        libraries = {
+            extension.name: getattr(self, f"edges_{extension.name.rpartition('.')[2]}")(extension.sources)
+            for extension in self.extensions
+        }
         (ROOT / self.directory).mkdir(parents=True, exist_ok=True)
         ninja_file = ROOT / self.directory / "build.ninja"
         ninja_file.write_text("\n".join([*self.ninja.lines, ""]))
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         command = [shutil.which("ninja") or "ninja", "-f", f"{self.directory}/build.ninja", "-j", jobs]
         if subprocess.run(command, cwd=ROOT, check=False).returncode:
-            raise BuildError("the native libraries did not compile; the compiler's messages are above (pip shows them with -v)")
+            raise BuildError(
+                "the native libraries did not compile; the compiler's messages are above (pip shows them with -v)"
+            )
         for name, library in libraries.items():
             target = Path(self.get_ext_fullpath(name))
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -266,7 +299,10 @@ class BuildNative(build_ext):
     def compile(self, sources: list[str], flags: list[str], suffix: str = "") -> list[str]:
         """Edges of C++ sources, relative to the source tree, to objects."""
         flags = [*self.flags, *flags]
-        return [self.ninja.edge(f"{self.directory}/{source}{suffix}.o", "cxx", [source], flags=shell(flags)) for source in sources]
+        return [
+            self.ninja.edge(f"{self.directory}/{source}{suffix}.o", "cxx", [source], flags=shell(flags))
+            for source in sources
+        ]
 
     def link(self, name: str, objects: list[str], libraries: list[str], flags: list[str] | None = None) -> str:
         """A shared library that names torch's libraries as needed and finds them in the process: torch is imported before.
@@ -294,7 +330,13 @@ class BuildNative(build_ext):
             "FUSEDRES_CUDA_VERSION": ".".join(map(str, nvcc_version(self.nvcc))) if self.nvcc else "",
             "FUSEDRES_CUDA_ARCHS": " ".join(self.archs),
         }
-        includes = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"), *self.torch_includes()]
+        includes = [
+            "-isystem",
+            pybind11.get_include(),
+            "-isystem",
+            sysconfig.get_path("include"),
+            *self.torch_includes(),
+        ]
         flags = [*includes, *(f'-D{name}="{value}"' for name, value in defines.items())]
         return self.link("_C.so", self.compile(sources, flags), [])
 
@@ -310,9 +352,19 @@ class BuildNative(build_ext):
         nvcc = shell([self.nvcc, "-ccbin", self.cxx])
         flags = [
             *("-std=c++20", "-O3", "-Icsrc", "-DUSE_CUDA", *(flag for flag in CXX_FLAGS if flag.startswith("-D"))),
-            *(*self.torch_includes(), "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", "--threads=0", *gencode(self.archs)),
+            *(
+                *self.torch_includes(),
+                "-Xcompiler",
+                "-fPIC,-fvisibility=hidden,-Wall",
+                "--threads=0",
+                *gencode(self.archs),
+            ),
         ]
-        self.ninja.rule("nvcc", f"{nvcc} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc", description="$out")
-        objects = [self.ninja.edge(f"{self.directory}/{source}.o", "nvcc", [source], flags=shell(flags)) for source in sources]
+        self.ninja.rule(
+            "nvcc", f"{nvcc} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc", description="$out"
+        )
+        objects = [
+            self.ninja.edge(f"{self.directory}/{source}.o", "nvcc", [source], flags=shell(flags)) for source in sources
+        ]
         runtime = [*cudart_flags(self.nvcc), "-Wl,--exclude-libs,ALL"]
         return self.link("_ops_cuda.so", objects, ["libtorch_cuda.so", "libtorch_cpu.so"], runtime)
