@@ -1,0 +1,32 @@
+"""Residual networks: the ImageNet family with torchvision's keys, and the CIFAR family."""
+
+from .cifar import CifarResNet, cifar_resnet
+from .resnet import (
+    ResNet,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
+
+__all__ = [
+    "CifarResNet",
+    "ResNet",
+    "cifar_resnet",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]
