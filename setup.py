@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
-from build_native import BuildNative  # noqa: E402
+from build_native import BuildNative
 
 
 def sources(pattern):

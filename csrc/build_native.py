@@ -1,9 +1,10 @@
 """Build of the native libraries: what can be built here, as one ninja file.
 
-``setup.py`` uses `BuildNative`. ``pyproject.toml`` names this module as its build backend: setuptools' own, except that an
-isolated build reuses the torch of the environment it is built for instead of downloading another (see `build_requirements`).
+``setup.py`` uses `BuildNative`. ``pyproject.toml`` names this module as its build backend: setuptools' own, except that
+an isolated build reuses the torch of the environment it is built for (see `build_requirements`).
 
-Environment: ``FUSEDRES_BUILD_CUDA=0|1``, ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS``, ``CXX``, ``CXXFLAGS``, ``CUDA_HOME``, ``FUSEDRES_SANITIZE=1``.
+Environment: ``FUSEDRES_BUILD_CUDA=0|1``, ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS``, ``CXX``, ``CXXFLAGS``, ``CUDA_HOME``,
+``FUSEDRES_SANITIZE=1`` (AddressSanitizer and UBSan).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import site
 import subprocess
@@ -40,6 +42,10 @@ ISA_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
+SANITIZE_FLAGS = [
+    *("-O1", "-g", "-fno-omit-frame-pointer"),
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+]
 DEFAULT_CUDA_ARCHS = ["8.0", "9.0", "10.0"]
 
 
@@ -53,9 +59,9 @@ class BuildError(BaseError):
 def build_requirements() -> list[str]:
     """torch, unless the environment that the build is for has one.
 
-    Only torch's headers and the names of its libraries are needed, and the stable ABI makes any torch >= 2.10 as good as
-    another. So where torch is installed already, an isolated build costs seconds; where it is not, ``torch>=2.10`` has to be
-    downloaded for the package itself anyway.
+    Only torch's headers and the names of its libraries are needed, and the stable ABI makes any torch >= 2.10 as good
+    as another. So where torch is installed already, an isolated build costs seconds and downloads nothing large; where
+    it is not, ``torch>=2.10`` has to be downloaded for the package itself anyway.
     """
     return [] if find_torch() else [f"torch>={MINIMUM_TORCH[0]}.{MINIMUM_TORCH[1]}"]
 
@@ -77,8 +83,11 @@ def torch_version(torch_dir: Path) -> tuple[int, int]:
 
 
 def find_torch(minimum: tuple[int, int] = MINIMUM_TORCH) -> Path | None:
-    """Directory of an installed torch, found without importing it: on this interpreter's path, which is where it is unless the
-    build is isolated; else in the site-packages of the environment that started the build, which pip's isolation hides."""
+    """Directory of an installed torch, found without importing it.
+
+    It is on this interpreter's path unless the build is isolated; then it may still be in the site-packages of the
+    environment that started the build, which pip's isolation hides.
+    """
     spec = importlib.util.find_spec("torch")
     hidden = [*site.getsitepackages(), site.getusersitepackages()]
     found = ([Path(spec.origin).parent] if spec and spec.origin else []) + [Path(path) / "torch" for path in hidden]
@@ -135,10 +144,9 @@ def gencode(archs: list[str]) -> list[str]:
 
 
 def cudart_flags(nvcc: str) -> list[str]:
-    """Link flags of the static CUDA runtime, from the directories that nvcc itself would use, or the PyPI packages' ``lib``."""
-    plan = subprocess.run(
-        [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
-    ).stderr
+    """Link flags of the static CUDA runtime, from the directories of nvcc's own link line or from the PyPI wheels."""
+    command = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+    plan = subprocess.run(command, capture_output=True, text=True, check=False).stderr
     top = re.search(r"(?m)^#\$ TOP=(.+)$", plan)
     folders = [*re.findall(r'"-L([^"]+)"', plan), *([f"{top[1]}/lib"] if top else [])]
     found = [f"-L{folder}" for folder in dict.fromkeys(folders) if Path(folder, "libcudart_static.a").exists()]
@@ -155,11 +163,12 @@ class NinjaFile:
         self.lines = [f"builddir = {directory}"]
 
     def rule(self, name: str, command: str, **variables: str) -> None:
-        self.lines += [f"rule {name}", f"  command = {command}", *(f"  {k} = {v}" for k, v in variables.items())]
+        variables = {"command": command, "description": "$out", **variables}
+        self.lines += [f"rule {name}", *(f"  {key} = {value}" for key, value in variables.items())]
 
     def edge(self, output: str, rule: str, inputs: list[str], **variables: str) -> str:
         self.lines.append(f"build {self.escape(output)}: {rule} {' '.join(map(self.escape, inputs))}")
-        self.lines += [f"  {k} = {v}" for k, v in variables.items()]
+        self.lines += [f"  {key} = {value}" for key, value in variables.items()]
         return output
 
     @staticmethod
@@ -169,13 +178,11 @@ class NinjaFile:
 
 def shell(arguments: list[str]) -> str:
     """Arguments as text for a ninja command line."""
-    return " ".join(
-        argument if re.fullmatch(r"[\w@%+=:,./-]+", argument) else f"'{argument}'" for argument in arguments
-    ).replace("$", "$$")
+    return shlex.join(arguments).replace("$", "$$")
 
 
 class BuildNative(build_ext):
-    """Builds the extensions that this machine has the tools for; ``fusedres/_build.json`` says why others are missing."""
+    """Builds what this machine has the tools for; ``fusedres/_build.json`` says why the rest is missing."""
 
     def run(self) -> None:
         self.missing = self.why_missing({extension.name for extension in self.extensions})
@@ -190,7 +197,7 @@ class BuildNative(build_ext):
         (package / "_build.json").write_text(report + "\n")
 
     def get_ext_filename(self, fullname: str) -> str:
-        """Only ``_C`` is a Python module; the others know nothing of Python and are loaded through ``torch.ops.load_library``."""
+        """``_C`` is a Python module; the others know nothing of Python: ``torch.ops.load_library`` loads them."""
         name = super().get_ext_filename(fullname)
         return name if fullname.endswith("_C") else str(Path(name).with_name(fullname.rpartition(".")[2] + ".so"))
 
@@ -199,22 +206,19 @@ class BuildNative(build_ext):
         self.cxx = find_cxx()
         self.nvcc = None
         if sys.platform != "linux":
-            return dict.fromkeys(
-                names, f"native code is built on Linux only, this is {sys.platform}; eager PyTorch serves every op"
-            )
+            reason = f"native code is built on Linux only, this is {sys.platform}; eager PyTorch serves every op"
+            return dict.fromkeys(names, reason)
         if self.cxx is None or not accepts(self.cxx, CXX_FLAGS):
-            found = f"{self.cxx} does not compile C++20" if self.cxx else "no C++ compiler found"
-            return dict.fromkeys(
-                names, f"{found}; install g++ >= 11 and reinstall for native kernels (Python and Triton work without)"
-            )
+            reason = f"{self.cxx} does not compile C++20" if self.cxx else "no C++ compiler found"
+            install = "install g++ >= 11 and reinstall for native kernels (Python and Triton work without)"
+            return dict.fromkeys(names, f"{reason}; {install}")
         self.torch = find_torch()
         if self.torch is None:
             wanted = ".".join(map(str, MINIMUM_TORCH))
             old = find_torch(minimum=(0, 0))
             got = f"torch {'.'.join(map(str, torch_version(old)))} in {old}" if old else "no torch"
-            raise BuildError(
-                f"fusedres needs torch>={wanted} to build, found {got}; install it, or drop --no-build-isolation"
-            )
+            remedy = "install it, or drop --no-build-isolation"
+            raise BuildError(f"fusedres needs torch>={wanted} to build, found {got}; {remedy}")
         missing = {}
         if not Path(sysconfig.get_path("include"), "Python.h").exists():
             missing["fusedres._C"] = "Python.h not found; install Python's development headers (python3-dev)"
@@ -230,7 +234,7 @@ class BuildNative(build_ext):
             return "FUSEDRES_BUILD_CUDA=0"
         nvcc = find_nvcc()
         if nvcc is None:
-            install = "install the CUDA toolkit and set CUDA_HOME, or: pip install 'fusedres[nvcc]'"
+            install = "install the CUDA toolkit and put nvcc on PATH, or: pip install nvidia-cuda-nvcc nvidia-cuda-cccl"
             if wanted == "1":
                 raise BuildError(f"FUSEDRES_BUILD_CUDA=1, but nvcc is not found; {install}")
             return f"nvcc not found; {install}"
@@ -247,50 +251,27 @@ class BuildNative(build_ext):
     def build_extensions(self) -> None:
         if not self.extensions:
             return
-        sanitize = os.environ.get("FUSEDRES_SANITIZE") == "1"
+        sanitize = SANITIZE_FLAGS if os.environ.get("FUSEDRES_SANITIZE") == "1" else []
         tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}{'-sanitize' if sanitize else ''}"
         self.directory = f"build/native-{tag}"  # kept between builds, so that only what changed is compiled
-        self.flags = [*CXX_FLAGS, "-Icsrc", *os.environ.get("CXXFLAGS", "").split()]
-        if sanitize:
-            self.flags += [
-                "-O1",
-                "-g",
-                "-fno-omit-frame-pointer",
-                "-fsanitize=address,undefined",
-                "-fno-sanitize-recover=undefined",
-            ]
-        self.isas = [
-            isa
-            for isa, flags in ISA_FLAGS.items()
-            if isa == "baseline" or platform.machine() == "x86_64" and accepts(self.cxx, flags)
-        ]
+        self.flags = [*CXX_FLAGS, "-Icsrc", *os.environ.get("CXXFLAGS", "").split(), *sanitize]
+        x86 = platform.machine() == "x86_64"
+        self.isas = [i for i, flags in ISA_FLAGS.items() if i == "baseline" or (x86 and accepts(self.cxx, flags))]
         self.archs = cuda_archs(self.nvcc) if self.nvcc else []
+
         self.ninja = NinjaFile(self.directory)
-        link_flags = ["-shared", "-Wl,--no-as-needed", *(["-fsanitize=address,undefined"] if sanitize else [])]
-        self.ninja.rule(
-            "cxx",
-            f"{shell([self.cxx])} -MMD -MF $out.d $flags -c $in -o $out",
-            depfile="$out.d",
-            deps="gcc",
-            description="$out",
-        )
-        self.ninja.rule("link", f"{shell([self.cxx, *link_flags])} $in $flags -o $out", description="$out")
-        self.ninja.rule(
-            "stub", f"{shell([self.cxx])} -shared -Wl,-soname,$soname -x c /dev/null -o $out", description="$out"
-        )
-        libraries = {
-            extension.name: getattr(self, f"edges_{extension.name.rpartition('.')[2]}")(extension.sources)
-            for extension in self.extensions
-        }
+        cxx, link = shell([self.cxx]), shell([self.cxx, "-shared", "-Wl,--no-as-needed", *sanitize])
+        self.ninja.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
+        self.ninja.rule("link", f"{link} $in $flags -o $out")
+        self.ninja.rule("stub", f"{cxx} -shared -Wl,-soname,$soname -x c /dev/null -o $out")
+        edges = {"_C": self.edges_c, "_ops_cpu": self.edges_cpu, "_ops_cuda": self.edges_cuda}
+        libraries = {ext.name: edges[ext.name.rpartition(".")[2]](ext.sources) for ext in self.extensions}
         (ROOT / self.directory).mkdir(parents=True, exist_ok=True)
-        ninja_file = ROOT / self.directory / "build.ninja"
-        ninja_file.write_text("\n".join([*self.ninja.lines, ""]))
+        (ROOT / self.directory / "build.ninja").write_text("\n".join([*self.ninja.lines, ""]))
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         command = [shutil.which("ninja") or "ninja", "-f", f"{self.directory}/build.ninja", "-j", jobs]
         if subprocess.run(command, cwd=ROOT, check=False).returncode:
-            raise BuildError(
-                "the native libraries did not compile; the compiler's messages are above (pip shows them with -v)"
-            )
+            raise BuildError("the native libraries did not compile; the compiler's messages are above")
         for name, library in libraries.items():
             target = Path(self.get_ext_fullpath(name))
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -298,14 +279,11 @@ class BuildNative(build_ext):
 
     def compile(self, sources: list[str], flags: list[str], suffix: str = "") -> list[str]:
         """Edges of C++ sources, relative to the source tree, to objects."""
-        flags = [*self.flags, *flags]
-        return [
-            self.ninja.edge(f"{self.directory}/{source}{suffix}.o", "cxx", [source], flags=shell(flags))
-            for source in sources
-        ]
+        text = shell([*self.flags, *flags])
+        return [self.ninja.edge(f"{self.directory}/{path}{suffix}.o", "cxx", [path], flags=text) for path in sources]
 
     def link(self, name: str, objects: list[str], libraries: list[str], flags: list[str] | None = None) -> str:
-        """A shared library that names torch's libraries as needed and finds them in the process: torch is imported before.
+        """A shared library that needs torch's libraries by name and finds them in the process: torch is imported first.
 
         Where the torch at hand lacks one (libtorch_cuda in a CPU build), an empty stub of that name stands in.
         """
@@ -319,52 +297,37 @@ class BuildNative(build_ext):
     def torch_includes(self) -> list[str]:
         return ["-isystem", str(self.torch / "include")]
 
-    def edges__C(self, sources: list[str]) -> str:
+    def edges_c(self, sources: list[str]) -> str:
         import pybind11
 
-        from_version = re.search(r'__version__ = "(.+)"', (ROOT / "fusedres/_version.py").read_text())
+        version = re.search(r'__version__ = "(.+)"', (ROOT / "fusedres/_version.py").read_text())
         defines = {
-            "FUSEDRES_VERSION": from_version[1],
+            "FUSEDRES_VERSION": version[1],
             "FUSEDRES_CXX_FLAGS": " ".join(self.flags),
             "FUSEDRES_ISAS": " ".join(self.isas),
             "FUSEDRES_CUDA_VERSION": ".".join(map(str, nvcc_version(self.nvcc))) if self.nvcc else "",
             "FUSEDRES_CUDA_ARCHS": " ".join(self.archs),
         }
-        includes = [
-            "-isystem",
-            pybind11.get_include(),
-            "-isystem",
-            sysconfig.get_path("include"),
-            *self.torch_includes(),
-        ]
+        includes = [*("-isystem", pybind11.get_include()), *("-isystem", sysconfig.get_path("include"))]
+        includes += self.torch_includes()
         flags = [*includes, *(f'-D{name}="{value}"' for name, value in defines.items())]
         return self.link("_C.so", self.compile(sources, flags), [])
 
-    def edges__ops_cpu(self, sources: list[str]) -> str:
-        """Each source is compiled once per instruction set for its kernels, and once for its registration with torch."""
+    def edges_cpu(self, sources: list[str]) -> str:
+        """Each source is compiled once per instruction set for its kernels, and once to register the ops with torch."""
         without = [f"-DFUSEDRES_WITHOUT_{isa.upper()}" for isa in ISA_FLAGS if isa not in self.isas]
         objects = self.compile(sources, [*without, *self.torch_includes()])
         for isa in self.isas:
             objects += self.compile(sources, [*ISA_FLAGS[isa], f"-DFUSEDRES_ISA={isa}"], f".{isa}")
         return self.link("_ops_cpu.so", objects, ["libtorch_cpu.so"])
 
-    def edges__ops_cuda(self, sources: list[str]) -> str:
-        nvcc = shell([self.nvcc, "-ccbin", self.cxx])
-        flags = [
-            *("-std=c++20", "-O3", "-Icsrc", "-DUSE_CUDA", *(flag for flag in CXX_FLAGS if flag.startswith("-D"))),
-            *(
-                *self.torch_includes(),
-                "-Xcompiler",
-                "-fPIC,-fvisibility=hidden,-Wall",
-                "--threads=0",
-                *gencode(self.archs),
-            ),
-        ]
-        self.ninja.rule(
-            "nvcc", f"{nvcc} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc", description="$out"
-        )
-        objects = [
-            self.ninja.edge(f"{self.directory}/{source}.o", "nvcc", [source], flags=shell(flags)) for source in sources
-        ]
+    def edges_cuda(self, sources: list[str]) -> str:
+        defines = ["-DUSE_CUDA", *(flag for flag in CXX_FLAGS if flag.startswith("-D"))]
+        host = ["-ccbin", self.cxx, "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+        flags = ["-std=c++20", "-O3", "-Icsrc", *defines, *self.torch_includes(), *host, *gencode(self.archs)]
+        compile_command = f"{shell([self.nvcc, '--threads=0'])} -MMD -MF $out.d $flags -c $in -o $out"
+        self.ninja.rule("nvcc", compile_command, depfile="$out.d", deps="gcc")
+        text = shell(flags)
+        objects = [self.ninja.edge(f"{self.directory}/{path}.o", "nvcc", [path], flags=text) for path in sources]
         runtime = [*cudart_flags(self.nvcc), "-Wl,--exclude-libs,ALL"]
         return self.link("_ops_cuda.so", objects, ["libtorch_cuda.so", "libtorch_cpu.so"], runtime)

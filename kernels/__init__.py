@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers, one file per family; installed as ``fusedres.kernels`` and imported on first use."""
+"""Triton kernels and their launchers, one file per family; installed as ``fusedres.kernels``, imported on first use."""
