@@ -129,6 +129,12 @@ def test_relu_hook_fires_in_the_stem():
     assert seen == [(2, 64, 16, 16)]
 
 
+@pytest.mark.parametrize("size", [(3, 32, 32), (3, 128, 128)])
+def test_an_image_without_batch_is_refused_as_by_torchvision(size):
+    with pytest.raises(ValueError, match="4D"):
+        small_resnet()(torch.randn(size))
+
+
 def test_constructor_arguments():
     model = models.resnet50(
         num_classes=7,

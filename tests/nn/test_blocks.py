@@ -435,6 +435,30 @@ def test_bottleneck_groups_width_and_dilation(cls, eager_twin, step):
         torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("shortcut", ["identity", "projection"])
+@pytest.mark.parametrize("cls", BLOCKS)
+def test_empty_batch(cls, shortcut, backend, eager_twin, step):
+    block = make_block(cls, shortcut)
+    x = torch.randn(0, block.conv1.in_channels, 9, 6)
+    want, got = step(eager_twin(block), x), step(block, x)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("cls", BLOCKS)
+def test_one_value_per_channel_is_refused_and_changes_nothing(cls, backend):
+    block = make_block(cls, "identity")
+    before = {name: t.clone() for name, t in block.state_dict().items()}
+    channels = block.conv1.in_channels
+    for x, match in (
+        (torch.randn(1, channels, 1, 1), "more than 1 value per channel"),
+        (torch.randn(channels, 4, 4), "4D"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            block(x)
+        assert all(torch.equal(t, before[name]) for name, t in block.state_dict().items())
+
+
 KEYS = {
     BasicBlock: ["conv1", "bn1", "conv2", "bn2", "downsample.0", "downsample.1"],
     Bottleneck: ["conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "downsample.0", "downsample.1"],
