@@ -40,6 +40,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information and CPU capability of fusedres.";
   m.def("build_info", &build_info, "How the native libraries were built.");
   m.def(
-      "cpu_capability", [] { return fusedres::name(fusedres::cpu_capability()); },
+      "cpu_capability",
+      [] { return fusedres::name(fusedres::cpu_capability()); },
       "Instruction set the CPU kernels use: 'baseline', 'avx2' or 'avx512'; FUSEDRES_CPU_CAPABILITY lowers it.");
 }

@@ -4,11 +4,11 @@
 // so speed is memory bandwidth: each thread keeps 2 * kUnroll (forward) or kUnroll (backward) accesses of 16 bytes in
 // flight, and neighbouring threads touch neighbouring 16 bytes.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <tuple>
 #include <type_traits>
 
+#include "common/layout.h"
 #include "cuda/launch.h"
 #include "cuda/vector.h"
 
@@ -24,9 +24,7 @@ template <typename T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // Bytes of the mask: one bit per element in memory order, in whole 16-bit words.
-int64_t mask_bytes(int64_t numel) {
-  return 2 * ceil_div(numel, 16);
-}
+int64_t mask_bytes(int64_t numel) { return 2 * ceil_div(numel, 16); }
 
 // Blocks that cover n elements rounded up to whole mask words, so that the padding bits are written too.
 template <int V>
@@ -35,9 +33,7 @@ int64_t count_blocks(int64_t n) {
 }
 
 // The first vector of this thread; the next ones follow at a distance of kThreads.
-__device__ inline int64_t first_vector() {
-  return int64_t{blockIdx.x} * (kThreads * kUnroll) + threadIdx.x;
-}
+__device__ inline int64_t first_vector() { return int64_t{blockIdx.x} * (kThreads * kUnroll) + threadIdx.x; }
 
 // Whether all elements of this block are among the n.
 template <int V>
@@ -48,8 +44,14 @@ __device__ bool is_whole(int64_t n) {
 // The vectors of one thread, `first + u * kThreads` for u < kCount, loaded together. kWhole: all of them lie within n
 // elements.
 template <bool kWhole, int kCount, bool kRelu, bool kMask, int V, typename T>
-__device__ void add_act_vectors(const T* __restrict__ x, const T* __restrict__ residual, T* __restrict__ out,
-                                uint8_t* __restrict__ mask, int64_t n, int64_t mask_bytes, int64_t first) {
+__device__ void add_act_vectors(
+    const T* __restrict__ x,
+    const T* __restrict__ residual,
+    T* __restrict__ out,
+    uint8_t* __restrict__ mask,
+    int64_t n,
+    int64_t mask_bytes,
+    int64_t first) {
   constexpr int kLanesPerByte = 8 / V;
   Vector<T, V> a[kCount], b[kCount];
 #pragma unroll
@@ -82,9 +84,13 @@ __device__ void add_act_vectors(const T* __restrict__ x, const T* __restrict__ r
 }
 
 template <typename T, int V, bool kRelu, bool kMask>
-__global__ void __launch_bounds__(kThreads)
-    add_act_kernel(const T* __restrict__ x, const T* __restrict__ residual, T* __restrict__ out,
-                   uint8_t* __restrict__ mask, int64_t n, int64_t mask_bytes) {
+__global__ void __launch_bounds__(kThreads) add_act_kernel(
+    const T* __restrict__ x,
+    const T* __restrict__ residual,
+    T* __restrict__ out,
+    uint8_t* __restrict__ mask,
+    int64_t n,
+    int64_t mask_bytes) {
   const int64_t first = first_vector();
   if (is_whole<V>(n)) {
     add_act_vectors<true, kUnroll, kRelu, kMask, V>(x, residual, out, mask, n, mask_bytes, first);
@@ -97,8 +103,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <bool kWhole, int kCount, int V, typename T>
-__device__ void add_act_backward_vectors(const T* __restrict__ dy, const uint8_t* __restrict__ mask, T* __restrict__ dx,
-                                         int64_t n, int64_t first) {
+__device__ void add_act_backward_vectors(
+    const T* __restrict__ dy, const uint8_t* __restrict__ mask, T* __restrict__ dx, int64_t n, int64_t first) {
   Vector<T, V> g[kCount];
   unsigned bits[kCount];
 #pragma unroll
@@ -129,29 +135,15 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Elements in memory order correspond only if both tensors are dense with the same strides.
-void check_same_layout(const Tensor& x, const Tensor& residual) {
-  STD_TORCH_CHECK(x.scalar_type() == residual.scalar_type(), "residual must have the dtype of x");
-  STD_TORCH_CHECK(x.device() == residual.device(), "residual must be on the device of x");
-  STD_TORCH_CHECK(x.dim() == residual.dim(), "residual must have the ", x.dim(), " dimensions of x, but got ",
-                  residual.dim());
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    STD_TORCH_CHECK(x.size(d) == residual.size(d), "residual must have the size of x, ", x.size(d), ", in dimension ",
-                    d, ", but got ", residual.size(d));
-    STD_TORCH_CHECK(x.stride(d) == residual.stride(d) || x.size(d) == 1 || x.numel() == 0,
-                    "residual must have the stride of x, ", x.stride(d), ", in dimension ", d, ", but got ",
-                    residual.stride(d));
-  }
-}
-
 std::tuple<Tensor, Tensor> add_act_cuda(const Tensor& x, const Tensor& residual, bool relu, bool save_mask) {
   check_dense("x", x);
-  check_same_layout(x, residual);
+  check_same_layout("residual", residual, x);
+  check_same_device("residual", residual, x);
   const DeviceScope device(x);
   const int64_t n = x.numel();
   const int64_t bytes = save_mask ? mask_bytes(n) : 0;
-  Tensor out = torch::stable::empty_like(x);
-  Tensor mask = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
+  Tensor out = uninitialized_like(x);
+  Tensor mask = empty_vector(bytes, ScalarType::Byte, x);
   if (n == 0) return {out, mask};
 
   dispatch_floating(x.scalar_type(), [&](auto zero) {
@@ -164,8 +156,8 @@ std::tuple<Tensor, Tensor> add_act_cuda(const Tensor& x, const Tensor& residual,
       constexpr int V = decltype(width)::value;
       auto* kernel = relu ? (save_mask ? add_act_kernel<T, V, true, true> : add_act_kernel<T, V, true, false>)
                           : (save_mask ? add_act_kernel<T, V, false, true> : add_act_kernel<T, V, false, false>);
-      launch(kernel, count_blocks<V>(n), kThreads, device.stream(), x_data, residual_data, out_data, mask_data, n,
-             bytes);
+      launch(
+          kernel, count_blocks<V>(n), kThreads, device.stream(), x_data, residual_data, out_data, mask_data, n, bytes);
     };
     if (is_aligned(kVectorBytes, {x_data, residual_data, out_data})) {
       run(std::integral_constant<int, kVectorBytes / sizeof(T)>{});
@@ -179,13 +171,20 @@ std::tuple<Tensor, Tensor> add_act_cuda(const Tensor& x, const Tensor& residual,
 Tensor add_act_backward_cuda(const Tensor& dy, const Tensor& mask) {
   check_dense("dy", dy);
   const int64_t n = dy.numel();
-  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Byte && mask.dim() == 1 && mask.is_contiguous(),
-                  "mask must be a contiguous 1-D uint8 tensor");
-  STD_TORCH_CHECK(mask.device() == dy.device(), "mask must be on the device of dy");
-  STD_TORCH_CHECK(mask.numel() == mask_bytes(n), "mask must have ", mask_bytes(n), " bytes for the ", n,
-                  " elements of dy, but got ", mask.numel());
+  STD_TORCH_CHECK(
+      mask.scalar_type() == ScalarType::Byte && mask.dim() == 1 && mask.is_contiguous(),
+      "mask must be a contiguous 1-D uint8 tensor");
+  check_same_device("mask", mask, dy);
+  STD_TORCH_CHECK(
+      mask.numel() == mask_bytes(n),
+      "mask must have ",
+      mask_bytes(n),
+      " bytes for the ",
+      n,
+      " elements of dy, but got ",
+      mask.numel());
   const DeviceScope device(dy);
-  Tensor dx = torch::stable::empty_like(dy);
+  Tensor dx = uninitialized_like(dy);
   if (n == 0) return dx;
 
   dispatch_floating(dy.scalar_type(), [&](auto zero) {
@@ -195,8 +194,8 @@ Tensor add_act_backward_cuda(const Tensor& dy, const Tensor& mask) {
     auto* dx_data = static_cast<T*>(dx.mutable_data_ptr());
     const auto run = [&](auto width) {
       constexpr int V = decltype(width)::value;
-      launch(add_act_backward_kernel<T, V>, count_blocks<V>(n), kThreads, device.stream(), dy_data, mask_data, dx_data,
-             n);
+      launch(
+          add_act_backward_kernel<T, V>, count_blocks<V>(n), kThreads, device.stream(), dy_data, mask_data, dx_data, n);
     };
     if (is_aligned(kVectorBytes, {dy_data, dx_data})) {
       run(std::integral_constant<int, kVectorBytes / sizeof(T)>{});

@@ -4,10 +4,7 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
@@ -17,10 +14,9 @@
 #include <utility>
 #include <vector>
 
-namespace fusedres {
+#include "common/checks.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+namespace fusedres {
 
 // Makes the device of a tensor current for as long as it lives, and knows the stream that torch uses there.
 // Stream::nativeHandle() would be the stable API, but needs torch 2.13.
@@ -35,6 +31,10 @@ class DeviceScope {
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
 };
+
+inline void check_same_device(const char* name, const Tensor& t, const Tensor& x) {
+  STD_TORCH_CHECK(t.device() == x.device(), name, " must be on the same device");
+}
 
 // Raises unless the tensor fills its memory without gaps or overlaps, whatever the order of its dimensions.
 inline void check_dense(const char* name, const Tensor& x) {
@@ -64,8 +64,8 @@ void dispatch_floating(ScalarType dtype, Function&& f) {
     case ScalarType::Half:
       return f(c10::Half{});
     default:
-      STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16, but got ",
-                      torch::headeronly::toString(dtype));
+      STD_TORCH_CHECK(
+          false, "expected float32, float64, bfloat16 or float16, but got ", torch::headeronly::toString(dtype));
   }
 }
 
@@ -76,16 +76,14 @@ inline bool is_aligned(std::uintptr_t bytes, std::initializer_list<const void*> 
   return true;
 }
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A launch of `blocks` blocks in one dimension; errors of the launch itself are raised here, those of the kernel later,
 // as CUDA does.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream, Arguments&&... arguments) {
-  STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "tensor too large for one launch: ", blocks,
-                  " blocks");
+  STD_TORCH_CHECK(
+      blocks <= std::numeric_limits<int32_t>::max(), "tensor too large for one launch: ", blocks, " blocks");
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
