@@ -149,7 +149,7 @@ def compare(
     baseline: str = "eager",
     min_rounds: int = 15,
     max_rounds: int = 60,
-    max_seconds: float = 4.0,
+    max_seconds: float = 2.5,
     min_sample_seconds: float = 1e-3,
     warmup: int = 3,
     precision: float = 0.01,
