@@ -1,4 +1,4 @@
-"""`python -m benchmarks.report [DIR]`: Markdown from the JSON that `benchmarks.bars` wrote, for the README and for people.
+"""`python -m benchmarks.report [DIR]`: Markdown tables from the JSON that `benchmarks.bars` wrote.
 
 Nothing is measured here; every number, and the line that says where it comes from, is read from the files.
 """
