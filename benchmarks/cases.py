@@ -33,12 +33,14 @@ class Traffic:
 
 
 def byte_floor(shape: Shape, itemsize: int) -> Traffic:
-    """The two-pass floor: statistics and gradient sums each need a pass of their own; masks are one bit per element.
+    """The two-pass floor: statistics and gradient sums each need a pass of their own.
+
+    A ReLU mask is one bit per element where it cannot be recomputed from the normalised tensors.
 
     Per-channel vectors are left out. In elements of x (t) and mask bits (m):
     BN+ReLU            forward x | x -> y           backward dy x | dy x -> dx                  3t, 5t
     BN+add+ReLU        forward x | x r -> y m       backward dy m x | dy m x -> dx dr           4t+m, 6t+2m
-    BN+BN+add+ReLU     forward x x2 | x x2 -> y m   backward dy m x x2 | dy m x x2 -> dx dx2    5t+m, 8t+2m
+    BN+BN+add+ReLU     forward x x2 | x x2 -> y     backward dy x x2 | dy x x2 -> dx dx2        5t, 8t
     BN+ReLU+max pool   forward x | x -> p           backward dp x | dp x -> dx                  2t+p, 3t+2p
     add+ReLU           forward x r -> y m           backward dy m -> dx (serves both inputs)    3t+m, 2t+m
     """
@@ -46,7 +48,7 @@ def byte_floor(shape: Shape, itemsize: int) -> Traffic:
     if shape.op == "batch_norm_act":
         return Traffic(4 * t + m, 6 * t + 2 * m, 6 * t + m) if shape.residual else Traffic(3 * t, 5 * t, 4 * t)
     if shape.op == "batch_norm_add_batch_norm_act":
-        return Traffic(5 * t + m, 8 * t + 2 * m, 6 * t + m)
+        return Traffic(5 * t, 8 * t, 6 * t)
     if shape.op == "batch_norm_act_max_pool":
         pooled = shape.n * shape.c * ((shape.h - 1) // 2 + 1) * ((shape.w - 1) // 2 + 1) * itemsize
         return Traffic(2 * t + pooled, 3 * t + 2 * pooled, 2 * t + 2 * pooled)
