@@ -32,11 +32,9 @@ def host_cuda_ops(tmp_path_factory):
             includes = [f"-I{_HERE}", f"-I{_CSRC}", f"-isystem{Path(torch.__file__).parent / 'include'}"]
             define = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"
             torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-            subprocess.run(
-                [compiler, *_FLAGS, *sanitize, *includes, define, "-x", "c++", source, "-x", "none", torch_cpu]
-                + ["-shared", "-Wl,-Bsymbolic", "-o", library],
-                check=True,
-            )
+            inputs = ["-x", "c++", source, "-x", "none", torch_cpu]
+            flags = [*_FLAGS, *sanitize, *includes, define, "-shared", "-Wl,-Bsymbolic"]
+            subprocess.run([compiler, *flags, *inputs, "-o", library], check=True)
             for op in (family, f"{family}_backward"):
                 schema = getattr(torch.ops.fusedres, op).default._schema
                 _SCHEMAS.define(str(schema).removeprefix("fusedres::"))
