@@ -1,0 +1,116 @@
+"""torch.ops.fusedres.*: opcheck on every op, in the calls the functional forms make."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusedres
+from fusedres import verification
+
+
+def _registered() -> set[str]:
+    names = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("fusedres::")
+    }
+    return {n for n in names if not n.endswith(("_triton", "_cuda"))}
+
+
+def _flatten(value):
+    return (
+        [value]
+        if isinstance(value, Tensor)
+        else [t for v in value for t in _flatten(v)]
+        if isinstance(value, (tuple, list))
+        else []
+    )
+
+
+def _copy(value):
+    if isinstance(value, Tensor):
+        return value.detach().clone(memory_format=torch.preserve_format)
+    return type(value)(_copy(v) for v in value) if isinstance(value, (tuple, list)) else value
+
+
+def test_opcheck(call, backend, record_ops) -> None:
+    """Schema, mutation annotations, fake kernels (shapes, strides, dtypes) and AOT dispatch with symbolic shapes."""
+    tensors = call.tensors()
+    values = [tensors[n] for n in call.names(tensors)]
+    inputs = []
+
+    class Record(record_ops):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "fusedres":
+                inputs.append((func, _copy(args), {k: _copy(v) for k, v in (kwargs or {}).items()}))
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        out = call.ours(tensors)
+        torch.autograd.grad(out.sum(), values)
+    seen = set()
+    for op, args, kwargs in inputs:
+        if str(op) in seen:
+            continue
+        seen.add(str(op))
+        torch.library.opcheck(op, args, kwargs)
+    if (
+        backend in ("reference", "cpu")
+        and call.case.op != "conv_bn_act"
+        and not (call.case.op == "add_act" and not call.case.act)
+    ):
+        assert inputs, "no raw op was called"
+
+
+def test_every_raw_op_is_exercised(record_ops) -> None:
+    """The calls above reach every op that can run on a CPU."""
+    from fusedres.functional import add_act
+
+    available = verification.backends("cpu")
+    reached = set()
+    for name in ("reference", "cpu"):
+        if available[name] is not None:
+            continue
+        with fusedres.use_backend(name), record_ops() as record:
+            for op in verification.OPS:
+                case = verification.Case(op, shape=(2, 4, 6, 6))
+                tensors = verification.make_inputs(case)
+                for n in verification.differentiable(tensors):
+                    tensors[n].requires_grad_()
+                verification.ours(case, tensors).sum().backward()
+            add_act(torch.randn(3), torch.randn(3))
+        reached |= {func.__name__.split(".")[0] for func, *_ in record.calls if func.namespace == "fusedres"}
+    missing = _registered() - reached
+    if available["cpu"] is not None:
+        missing = {n for n in missing if n.endswith("_reference")}
+    assert not missing, missing
+
+
+@pytest.mark.parametrize("op", sorted(_registered()))
+def test_fake_kernel_on_meta(op) -> None:
+    """Each op has a kernel for the meta device (its fake kernel)."""
+    assert (
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"fusedres::{op}", "Meta")
+        or torch._library.simple_registry.singleton.find(f"fusedres::{op}").fake_impl.kernel is not None
+    )
+
+
+def test_outputs_are_fully_written(main_call, backend) -> None:
+    """Fresh memory holds NaN: an element that a kernel skips would keep it."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            tensors = main_call.tensors(torch.float32)
+            if "conv_weight" not in tensors:
+                for name in ("x", "x2", "residual"):
+                    if name in tensors:
+                        tensors[name] = tensors[name].detach().to(dtype).requires_grad_()
+            values = [tensors[n] for n in main_call.names(tensors)]
+            out = main_call.function("ours", tensors)(*values)
+            for t in [out, *torch.autograd.grad(out.sum(), values)]:
+                assert t.isfinite().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
