@@ -115,10 +115,14 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize(("in_channels", "size"), [(1, 8), (3, 13)])
+@pytest.mark.parametrize(
+    ("backend", "in_channels", "size"), [("auto", 3, 13), ("reference", 1, 8), ("cpu", 1, 8), ("cpu", 3, 13)]
+)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(("depth", "kwargs", "published"), NETWORKS.values(), ids=NETWORKS.keys())
-def test_equals_the_published_network(depth, kwargs, published, training, in_channels, size, step, same):
+def test_equals_the_published_network(depth, kwargs, published, training, backend, in_channels, size, step, same):
+    if backend == "cpu" and not fusedres.info()["libraries"]["_ops_cpu"]["loaded"]:
+        pytest.skip("the CPU library is not loaded")
     torch.manual_seed(0)
     model = cifar_resnet(depth, in_channels=in_channels, num_classes=7, **kwargs).double()
     for m in model.modules():
@@ -131,7 +135,8 @@ def test_equals_the_published_network(depth, kwargs, published, training, in_cha
     if size == 8:
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     model.train(training), eager.train(training)
-    same(step(model, x), step(eager, x))
+    with fusedres.use_backend(backend):
+        same(step(model, x), step(eager, x))
 
 
 @pytest.mark.parametrize(("depth", "count"), PARAMETERS.items())
