@@ -57,7 +57,8 @@ class NativeLibrary:
                 self._load()
                 self.loaded = True
             except (OSError, ImportError, RuntimeError) as error:
-                self.error = str(error).strip().splitlines()[0]
+                # torch.ops.load_library says only which file; the loader's own message is the cause.
+                self.error = str(error.__cause__ or error).strip().splitlines()[0]
 
     def _load(self) -> None:
         torch.ops.load_library(self.path)

@@ -1,0 +1,353 @@
+// One batch normalisation on the driver's side: where its tiles are, its statistics, and the numbers that the kernels take
+// per channel. Shared by the families that contain a normalisation.
+#pragma once
+
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "batch_norm_kernels.h"
+#include "driver.h"
+
+namespace fusedres::cpu {
+
+template <class T>
+const BatchNormKernels<T>& batch_norm_kernels() {
+  FUSEDRES_RETURN_FOR_THIS_CPU(batch_norm_kernels<T>());
+}
+
+// How a tensor is cut. The blocks over which sums run depend on the shape alone, so that the bits of a result do not
+// depend on the number of threads.
+struct Tiling {
+  Layout4d layout;
+  Rows rows{};           // channels_last
+  Planes planes{};       // contiguous
+  int64_t columns;       // per-column sums and parameters: rows.width, or the channels
+  int64_t height;        // rows (a partial one included), or the batch
+  int64_t block_height;  // of the blocks that are summed separately
+  int64_t blocks;
+
+  explicit Tiling(const Layout4d& layout_) : layout(layout_) {
+    const int64_t channels = layout.channels;
+    if (layout.channels_last) {
+      const int64_t repeat = kLanes / std::gcd(channels, int64_t{kLanes});
+      rows.width = channels * repeat;
+      rows.count = layout.numel() / rows.width;
+      rows.tail = layout.numel() % rows.width;
+      columns = rows.width;
+      height = rows.count + (rows.tail > 0);
+      block_height = std::max<int64_t>(1024, ceil_div(ceil_div(height, 64), 8) * 8);
+    } else {
+      planes = {channels, layout.area()};
+      columns = channels;
+      height = layout.batch;
+      block_height = channels >= 64 ? height : ceil_div(height, std::min<int64_t>(height, 8));
+    }
+    blocks = ceil_div(height, block_height);
+  }
+
+  // Values of column c in a block.
+  double count(int64_t block, int64_t c) const {
+    const int64_t begin = block * block_height;
+    const int64_t end = std::min(begin + block_height, height);
+    if (!layout.channels_last) return static_cast<double>((end - begin) * layout.area());
+    return static_cast<double>(end - begin - (end > rows.count && c >= rows.tail ? 1 : 0));
+  }
+
+  Range block_range(int64_t block, int64_t c0, int64_t c1) const {
+    return {block * block_height, std::min((block + 1) * block_height, height), c0, c1};
+  }
+
+  bool columns_are_channels() const { return columns == layout.channels; }
+
+  // Columns per task such that a pass over `passes` tensors of a task's columns stays in the second-level cache between
+  // two walks, or 0 where it cannot. One task does both walks then.
+  int64_t cached_columns(int64_t bytes_per_value, int64_t tensors) const {
+    constexpr int64_t kCacheBytes = 640 * 1024;
+    if (!columns_are_channels()) return 0;
+    const int64_t column_bytes = layout.pixels() * bytes_per_value * tensors;
+    const int64_t fitting = kCacheBytes / std::max<int64_t>(column_bytes, 1);
+    if (!layout.channels_last) {
+      // Neighbouring planes are adjacent: take enough of them for a page.
+      const int64_t wanted = std::max<int64_t>(1, ceil_div(4096, layout.area() * bytes_per_value));
+      return std::min(std::max<int64_t>(1, std::min(fitting, wanted)), columns);
+    }
+    const int64_t least = 128 / bytes_per_value;
+    if (fitting < least) return 0;
+    return std::min(fitting / least * least, columns);
+  }
+};
+
+// Columns [c0, c1) of task `task` when `columns` are cut into pieces of `width`.
+inline std::pair<int64_t, int64_t> columns_of(int64_t task, int64_t width, int64_t columns) {
+  return {task * width, std::min((task + 1) * width, columns)};
+}
+
+struct NormArguments {
+  OptionalTensor weight, bias, running_mean, running_var, num_batches_tracked;
+  bool training;
+  std::optional<double> momentum;
+  double eps;
+};
+
+inline void check_norm(const NormArguments& a, const Tensor& x, const Layout4d& layout) {
+  const int64_t channels = layout.channels;
+  check_channel_vector("weight", a.weight, x, channels);
+  check_channel_vector("bias", a.bias, x, channels);
+  check_channel_vector("running_mean", a.running_mean, x, channels);
+  check_channel_vector("running_var", a.running_var, x, channels);
+  STD_TORCH_CHECK(layout.numel() > 0, "x must not be empty");
+  if (a.training) {
+    STD_TORCH_CHECK(layout.pixels() > 1, "training needs more than one value per channel");
+    STD_TORCH_CHECK(a.eps > 0, "eps must be positive during training");
+    STD_TORCH_CHECK(a.running_mean.has_value() == a.running_var.has_value(), "running_mean and running_var go together");
+  } else {
+    STD_TORCH_CHECK(a.running_mean && a.running_var, "evaluation needs running_mean and running_var");
+  }
+  if (a.num_batches_tracked) {
+    STD_TORCH_CHECK(
+        a.num_batches_tracked->numel() == 1 && a.num_batches_tracked->scalar_type() == ScalarType::Long,
+        "num_batches_tracked must be one int64 value");
+  }
+  STD_TORCH_CHECK(a.momentum || a.num_batches_tracked || !a.training, "momentum=None needs num_batches_tracked");
+}
+
+// What the kernels take per column.
+template <class T>
+struct ColumnParams {
+  using S = typename ScalarOf<T>::type;
+  S *mean, *scale, *shift;
+
+  static size_t bytes(int64_t columns) { return 3 * sizeof(S) * columns; }
+  ColumnParams(Scratch& scratch, int64_t columns)
+      : mean(scratch.take<S>(columns)), scale(scratch.take<S>(columns)), shift(scratch.take<S>(columns)) {}
+
+  // From the saved statistics (3, C), for channels [c0, c1), repeated over the columns.
+  void fill(
+      const S* stats, const ChannelVector& weight, const ChannelVector& bias, const Tiling& tiling, int64_t c0, int64_t c1) {
+    const int64_t channels = tiling.layout.channels;
+    for (int64_t c = c0; c < c1; ++c) {
+      const double w = weight ? weight.get(c) : 1.0;
+      const double b = bias ? bias.get(c) : 0.0;
+      mean[c] = stats[c];
+      scale[c] = static_cast<S>(w * static_cast<double>(stats[channels + c]));
+      shift[c] = static_cast<S>(b - static_cast<double>(stats[2 * channels + c]) * static_cast<double>(scale[c]));
+    }
+    for (int64_t c = c0; c < c1; ++c) {
+      for (int64_t column = c + channels; column < tiling.columns; column += channels) {
+        mean[column] = mean[c];
+        scale[column] = scale[c];
+        shift[column] = shift[c];
+      }
+    }
+  }
+  Affine<S> affine() const { return {mean, scale, shift}; }
+};
+
+// The forward side of one normalisation: statistics of x, running statistics, saved statistics, column parameters.
+template <class T>
+class Norm {
+ public:
+  using S = typename ScalarOf<T>::type;
+
+  static size_t scratch_bytes(const Tiling& tiling) {
+    return ColumnParams<T>::bytes(tiling.columns) + 2 * sizeof(double) * tiling.columns * tiling.blocks;
+  }
+
+  Norm(const NormArguments& a, const T* x, const Tiling& tiling, const Tensor& stats, Scratch& scratch)
+      : training(a.training),
+        x_(x),
+        tiling_(tiling),
+        eps_(a.eps),
+        params_(scratch, tiling.columns),
+        mean_(scratch.take<double>(training ? tiling.columns * tiling.blocks : 0)),
+        m2_(scratch.take<double>(training ? tiling.columns * tiling.blocks : 0)),
+        stats_(data<S>(stats)),
+        weight_(a.weight),
+        bias_(a.bias),
+        running_mean_(a.running_mean),
+        running_var_(a.running_var),
+        counter_(a.num_batches_tracked && training ? static_cast<int64_t*>(a.num_batches_tracked->data_ptr()) : nullptr),
+        momentum_(a.momentum ? *a.momentum : counter_ ? 1.0 / static_cast<double>(*counter_ + 1) : 0.0) {
+    if (counter_) ++*counter_;
+  }
+
+  const bool training;
+
+  Affine<S> affine() const { return params_.affine(); }
+
+  // Partial statistics of a block, columns [c0, c1).
+  void block_statistics(int64_t block, int64_t c0, int64_t c1) const {
+    const auto& kernels = batch_norm_kernels<T>();
+    const Range range = tiling_.block_range(block, c0, c1);
+    double* mean = mean_ + block * tiling_.columns;
+    double* m2 = m2_ + block * tiling_.columns;
+    if (tiling_.layout.channels_last) {
+      kernels.statistics_rows(x_, tiling_.rows, range, mean, m2);
+    } else {
+      kernels.statistics_planes(x_, tiling_.planes, range, mean, m2);
+    }
+  }
+
+  // Merges the blocks' statistics (Chan, Golub and LeVeque 1979) and moves the running ones, for channels [c0, c1).
+  void finish(int64_t c0, int64_t c1) {
+    const int64_t channels = tiling_.layout.channels;
+    const double count = static_cast<double>(tiling_.layout.pixels());
+    for (int64_t c = c0; c < c1; ++c) {
+      double mean = 0.0, var;
+      if (training) {
+        double n = 0.0, m2 = 0.0;
+        for (int64_t block = 0; block < tiling_.blocks; ++block) {
+          for (int64_t column = c; column < tiling_.columns; column += channels) {
+            const double block_n = tiling_.count(block, column);
+            if (block_n == 0.0) continue;
+            const int64_t i = block * tiling_.columns + column;
+            const double delta = mean_[i] - mean;
+            n += block_n;
+            mean += delta * (block_n / n);
+            m2 += m2_[i] + delta * delta * (block_n * (n - block_n) / n);
+          }
+        }
+        var = m2 / count;
+        if (running_mean_) {
+          running_mean_.set(c, (1.0 - momentum_) * running_mean_.get(c) + momentum_ * mean);
+          running_var_.set(c, (1.0 - momentum_) * running_var_.get(c) + momentum_ * (m2 / (count - 1.0)));
+        }
+      } else {
+        mean = running_mean_.get(c);
+        var = running_var_.get(c);
+      }
+      const S high = static_cast<S>(mean);
+      stats_[c] = high;
+      stats_[channels + c] = static_cast<S>(1.0 / std::sqrt(var + eps_));
+      // Zero where the mean is not finite: Inf - Inf would turn an infinite mean into NaN.
+      stats_[2 * channels + c] = std::isfinite(mean) ? static_cast<S>(mean - static_cast<double>(high)) : S(0);
+    }
+    params_.fill(stats_, weight_, bias_, tiling_, c0, c1);
+  }
+
+ private:
+  const T* x_;
+  const Tiling& tiling_;
+  double eps_;
+  ColumnParams<T> params_;
+  double* mean_;
+  double* m2_;
+  S* stats_;
+  ChannelVector weight_, bias_, running_mean_, running_var_;
+  int64_t* counter_;
+  double momentum_;
+};
+
+// Runs phase one for every block and columns piece of the normalisations that train, then `finish` of all.
+template <class T>
+void all_statistics(const Tiling& tiling, Norm<T>* const* norms, int64_t count) {
+  const int64_t pieces = tiling.blocks >= 2 * threads() ? 1 : std::min<int64_t>(2 * threads(), ceil_div(tiling.columns, 64));
+  const int64_t width = ceil_div(ceil_div(tiling.columns, pieces), kLanes) * kLanes;
+  for (int64_t i = 0; i < count; ++i) {
+    Norm<T>& norm = *norms[i];
+    if (norm.training) {
+      const int64_t used = ceil_div(tiling.columns, width);
+      for_each_task(tiling.blocks * used, tiling.layout.numel(), [&](int64_t task) {
+        const auto [c0, c1] = columns_of(task % used, width, tiling.columns);
+        norm.block_statistics(task / used, c0, c1);
+      });
+    }
+    norm.finish(0, tiling.layout.channels);
+  }
+}
+
+inline Tensor empty_statistics(const Layout4d& layout, const Tensor& x) {
+  const int64_t sizes[] = {3, layout.channels}, strides[] = {layout.channels, 1};
+  const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return empty_strided(sizes, strides, 2, dtype, x);
+}
+
+inline int64_t mask_bytes(const Layout4d& layout) {
+  if (layout.channels_last) return 2 * ceil_div(layout.numel(), kLanes);
+  return 2 * layout.batch * layout.channels * ceil_div(layout.area(), kLanes);
+}
+
+// The backward side of one normalisation: from sums of g and g*(x - mean) to dweight, dbias and the coefficients of dx.
+template <class T>
+class NormBackward {
+ public:
+  using S = typename ScalarOf<T>::type;
+
+  static size_t scratch_bytes(const Tiling& tiling) {
+    return ColumnParams<T>::bytes(tiling.columns) + 3 * sizeof(S) * tiling.columns +
+        sizeof(double) * tiling.columns * tiling.blocks;
+  }
+
+  NormBackward(
+      const Tensor& stats, const OptionalTensor& weight, const OptionalTensor& bias, bool training, const Tiling& tiling,
+      const OptionalTensor& dweight, const OptionalTensor& dbias, Scratch& scratch)
+      : training(training),
+        tiling_(tiling),
+        stats_(data<S>(stats)),
+        weight_(weight),
+        bias_(bias),
+        dweight_(dweight),
+        dbias_(dbias),
+        params_(scratch, tiling.columns),
+        of_g_(scratch.take<S>(tiling.columns)),
+        of_x_(scratch.take<S>(tiling.columns)),
+        constant_(scratch.take<S>(tiling.columns)),
+        sum_(scratch.take<double>(tiling.columns * tiling.blocks)) {}
+
+  const bool training;
+
+  void prepare() { params_.fill(stats_, weight_, bias_, tiling_, 0, tiling_.layout.channels); }
+  Affine<S> affine() const { return params_.affine(); }
+  Gradient<S> gradient() const { return {of_g_, of_x_, constant_}; }
+  // Per block and column: the sum of g*(x - mean).
+  double* sum(int64_t block) const { return sum_ + block * tiling_.columns; }
+
+  // With sum_g per block and column, for channels [c0, c1); `reduced` says whether the sums were taken at all.
+  void finish(const double* sum_g, bool reduced, int64_t c0, int64_t c1) {
+    const int64_t channels = tiling_.layout.channels;
+    const double count = static_cast<double>(tiling_.layout.pixels());
+    for (int64_t c = c0; c < c1; ++c) {
+      const double mean_low = stats_[2 * channels + c];
+      const double rstd = stats_[channels + c];
+      const double scale = params_.scale[c];
+      double g = 0.0, gx = 0.0;
+      if (reduced) {
+        for (int64_t block = 0; block < tiling_.blocks; ++block) {
+          for (int64_t column = c; column < tiling_.columns; column += channels) {
+            g += sum_g[block * tiling_.columns + column];
+            gx += sum_[block * tiling_.columns + column];
+          }
+        }
+        gx -= mean_low * g;
+        if (dweight_) dweight_.set(c, gx * rstd);
+        if (dbias_) dbias_.set(c, g);
+      }
+      const double of_x = training ? -scale * rstd * rstd * gx / count : 0.0;
+      const double constant = training ? -scale * g / count - of_x * mean_low : 0.0;
+      for (int64_t column = c; column < tiling_.columns; column += channels) {
+        of_g_[column] = params_.scale[c];
+        of_x_[column] = static_cast<S>(of_x);
+        constant_[column] = static_cast<S>(constant);
+      }
+    }
+  }
+
+ private:
+  const Tiling& tiling_;
+  const S* stats_;
+  ChannelVector weight_, bias_, dweight_, dbias_;
+  ColumnParams<T> params_;
+  S *of_g_, *of_x_, *constant_;
+  double* sum_;
+};
+
+// A gradient that may not be wanted: a tensor, or one of no elements.
+inline Tensor wanted_like(bool wanted, const Tensor& x) { return wanted ? uninitialized_like(x) : empty_vector(0, x.scalar_type(), x); }
+
+inline Tensor wanted_parameter_gradient(bool wanted, const OptionalTensor& weight, const Tensor& stats) {
+  const int64_t channels = stats.size(1);
+  return empty_vector(wanted ? channels : 0, weight ? weight->scalar_type() : stats.scalar_type(), stats);
+}
+
+}  // namespace fusedres::cpu

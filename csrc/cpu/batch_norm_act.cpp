@@ -1,0 +1,689 @@
+// Batch normalisation, residual addition and ReLU on a CPU. Compiled once per instruction set for the kernels
+// (FUSEDRES_ISA) and once, without it, for the drivers and their registration with torch.
+#include "batch_norm_kernels.h"
+
+#if defined(FUSEDRES_ISA)
+
+#include "traverse.h"
+
+namespace fusedres::cpu {
+namespace {
+
+template <class V>
+struct AffineVec {
+  V mean, scale, shift;
+};
+
+template <class T>
+struct Types {
+  using Scalar = typename Compute<T>::Scalar;
+  using Vec = typename Compute<T>::Vec;
+  using Params = AffineVec<Vec>;
+  static FUSEDRES_INLINE Params columns(const Affine<Scalar>& a, int64_t c) {
+    return {load(a.mean + c), load(a.scale + c), load(a.shift + c)};
+  }
+  static FUSEDRES_INLINE Params channel(const Affine<Scalar>& a, int64_t c) {
+    return {broadcast(a.mean[c]), broadcast(a.scale[c]), broadcast(a.shift[c])};
+  }
+};
+
+// ---- statistics ----
+
+// Sums of x - shift and of its square. The shift is the mean of a few samples of the range itself, which bounds the
+// cancellation in m2 = q - s*s/n whatever the data: (shift - mean)^2 is at most a fraction of m2.
+template <class T>
+struct Deviations {
+  using Scalar = typename Compute<T>::Scalar;
+  using Vec = typename Compute<T>::Vec;
+  static constexpr int kSums = 2;
+  const T* x;
+  const Scalar* shift;
+
+  FUSEDRES_INLINE Vec column_params(int64_t c) const { return load(shift + c); }
+  FUSEDRES_INLINE Vec channel_params(int64_t c) const { return broadcast(shift[c]); }
+  template <bool kFull>
+  FUSEDRES_INLINE void accumulate(Vec p, Vec* s, int64_t i, int64_t, int n) const {
+    Vec d = get<kFull>(x + i, n) - p;
+    if constexpr (!kFull) d = keep(first_lanes(n, d), d);
+    s[0] = s[0] + d;
+    s[1] = fma(d, d, s[1]);
+  }
+};
+
+constexpr int64_t kSamples = 8;
+
+template <class T>
+FUSEDRES_INLINE double scalar(const T* p) {
+  return static_cast<double>(
+      [&] {
+        typename Compute<T>::Scalar lanes[kLanes];
+        store(lanes, load_n(p, 1));
+        return lanes[0];
+      }());
+}
+
+// From sums about a shift to mean and m2; where the compute type overflowed (|x| above 1e19), again in double.
+template <class Scalar, class AgainInDouble>
+FUSEDRES_INLINE void finish_statistics(
+    int64_t c, double count, Scalar shift, double& mean, double& m2, const AgainInDouble& again_in_double) {
+  const double s = mean, q = m2;
+  if (count == 0) {
+    mean = m2 = 0.0;
+  } else if (std::isfinite(q)) {
+    mean = static_cast<double>(shift) + s / count;
+    const double v = q - s * s / count;
+    m2 = v < 0.0 ? 0.0 : v;
+  } else {
+    again_in_double(c);
+  }
+}
+
+template <class T>
+void statistics_rows(const T* x, const Rows& rows, const Range& range, double* mean, double* m2) {
+  using Scalar = typename Compute<T>::Scalar;
+  alignas(64) Scalar shift[kColumnChunk];
+  const int64_t height = range.end - range.begin;
+  for (int64_t chunk = range.c0; chunk < range.c1; chunk += kColumnChunk) {
+    const int64_t end = chunk + kColumnChunk < range.c1 ? chunk + kColumnChunk : range.c1;
+    // The last, partial row gives no samples; where it is all there is, a shift of 0 does, for it has one row a column.
+    const int64_t full = (range.end < rows.count ? range.end : rows.count) - range.begin;
+    const int64_t samples = full < kSamples ? full : kSamples;
+    std::memset(shift, 0, sizeof shift);
+    for (int64_t k = 0; k < samples; ++k) {
+      const T* row = x + (range.begin + k * full / samples) * rows.width;
+      const auto weight = broadcast(Scalar(1) / static_cast<Scalar>(samples));
+      for (int64_t c = chunk; c < end; c += kLanes) add_to(shift + c - chunk, load(row + c) * weight);
+    }
+    for (int64_t c = chunk; c < end; ++c) {
+      // A shift that is not finite would spoil sums that are.
+      if (!std::isfinite(static_cast<double>(shift[c - chunk]))) shift[c - chunk] = 0;
+      mean[c] = m2[c] = 0.0;
+    }
+    double* const sums[] = {mean, m2};
+    reduce_rows<2 * kTogether<Scalar>>(Deviations<T>{x, shift - chunk}, rows, range.begin, range.end, chunk, end, sums);
+    for (int64_t c = chunk; c < end; ++c) {
+      const bool in_tail = range.end > rows.count && c >= rows.tail;
+      const double count = static_cast<double>(height - (in_tail ? 1 : 0));
+      finish_statistics(c, count, shift[c - chunk], mean[c], m2[c], [&](int64_t column) {
+        const int64_t last = in_tail ? range.end - 1 : range.end;
+        double s = 0.0, q = 0.0;
+        for (int64_t r = range.begin; r < last; ++r) s += scalar(x + r * rows.width + column);
+        mean[column] = s / count;
+        for (int64_t r = range.begin; r < last; ++r) {
+          const double d = scalar(x + r * rows.width + column) - mean[column];
+          q += d * d;
+        }
+        m2[column] = q;
+      });
+    }
+  }
+}
+
+template <class T>
+void statistics_planes(const T* x, const Planes& planes, const Range& range, double* mean, double* m2) {
+  using Scalar = typename Compute<T>::Scalar;
+  Scalar shift[kPlaneGroup];
+  const int64_t height = range.end - range.begin;
+  const int64_t count = height * planes.area;
+  for (int64_t group = range.c0; group < range.c1; group += kPlaneGroup) {
+    const int64_t end = group + kPlaneGroup < range.c1 ? group + kPlaneGroup : range.c1;
+    const auto at = [&](int64_t c, int64_t k) {
+      return x + ((range.begin + k / planes.area) * planes.channels + c) * planes.area + k % planes.area;
+    };
+    const int64_t samples = count < kSamples ? count : kSamples;
+    for (int64_t c = group; c < end; ++c) {
+      double sum = 0.0;
+      for (int64_t k = 0; k < samples; ++k) sum += scalar(at(c, k * count / samples));
+      const double sample_mean = sum / static_cast<double>(samples);
+      shift[c - group] = std::isfinite(sample_mean) ? static_cast<Scalar>(sample_mean) : Scalar(0);
+      mean[c] = m2[c] = 0.0;
+    }
+    double* const sums[] = {mean, m2};
+    reduce_planes(Deviations<T>{x, shift - group}, planes, range.begin, range.end, group, end, sums);
+    for (int64_t c = group; c < end; ++c) {
+      finish_statistics(c, static_cast<double>(count), shift[c - group], mean[c], m2[c], [&](int64_t channel) {
+        double s = 0.0, q = 0.0;
+        for (int64_t k = 0; k < count; ++k) s += scalar(at(channel, k));
+        mean[channel] = s / static_cast<double>(count);
+        for (int64_t k = 0; k < count; ++k) {
+          const double d = scalar(at(channel, k)) - mean[channel];
+          q += d * d;
+        }
+        m2[channel] = q;
+      });
+    }
+  }
+}
+
+// ---- forward ----
+
+enum class Addend { none, residual, normalised };
+
+template <class T, Addend kAddend, bool kRelu, bool kMask, bool kStream>
+struct Forward {
+  using Vec = typename Compute<T>::Vec;
+  const ForwardArgs<T>& a;
+
+  struct Params {
+    AffineVec<Vec> bn, bn2;
+  };
+  FUSEDRES_INLINE Params column_params(int64_t c) const {
+    Params p;
+    p.bn = Types<T>::columns(a.bn, c);
+    if constexpr (kAddend == Addend::normalised) p.bn2 = Types<T>::columns(a.bn2, c);
+    return p;
+  }
+  FUSEDRES_INLINE Params channel_params(int64_t c) const {
+    Params p;
+    p.bn = Types<T>::channel(a.bn, c);
+    if constexpr (kAddend == Addend::normalised) p.bn2 = Types<T>::channel(a.bn2, c);
+    return p;
+  }
+  template <bool kFull>
+  FUSEDRES_INLINE void map(const Params& p, int64_t i, int64_t word, int n) const {
+    Vec y = fma(get<kFull>(a.x + i, n) - p.bn.mean, p.bn.scale, p.bn.shift);
+    if constexpr (kAddend == Addend::residual) y = y + get<kFull>(a.residual + i, n);
+    if constexpr (kAddend == Addend::normalised) {
+      y = y + fma(get<kFull>(a.x2 + i, n) - p.bn2.mean, p.bn2.scale, p.bn2.shift);
+    }
+    if constexpr (kRelu) {
+      const auto m = positive<T>(y);
+      y = keep(m, y);
+      if constexpr (kMask) a.mask[word] = kFull ? bits(m) : bits(m) & ((1u << n) - 1);
+    }
+    put<kFull, kStream>(a.out + i, y, n);
+  }
+};
+
+template <class T, bool kStream, class F>
+FUSEDRES_INLINE void with_forward(const ForwardArgs<T>& a, const F& f) {
+  if (a.x2) {
+    return a.relu ? f(Forward<T, Addend::normalised, true, false, kStream>{a})
+                  : f(Forward<T, Addend::normalised, false, false, kStream>{a});
+  }
+  if (a.residual) {
+    if (!a.relu) return f(Forward<T, Addend::residual, false, false, kStream>{a});
+    return a.mask ? f(Forward<T, Addend::residual, true, true, kStream>{a})
+                  : f(Forward<T, Addend::residual, true, false, kStream>{a});
+  }
+  return a.relu ? f(Forward<T, Addend::none, true, false, kStream>{a})
+                : f(Forward<T, Addend::none, false, false, kStream>{a});
+}
+
+template <class T>
+void forward_rows(const ForwardArgs<T>& a, const Rows& rows, const Range& r) {
+  using Scalar = typename Compute<T>::Scalar;
+  const auto walk = [&](const auto& body) { map_rows<kTogether<Scalar>>(body, rows, r.begin, r.end, r.c0, r.c1); };
+  a.stream ? with_forward<T, true>(a, walk) : with_forward<T, false>(a, walk);
+  finish_streams(a.stream);
+}
+
+template <class T>
+void forward_planes(const ForwardArgs<T>& a, const Planes& planes, const Range& r) {
+  const auto walk = [&](const auto& body) { map_planes(body, planes, r.begin, r.end, r.c0, r.c1); };
+  a.stream ? with_forward<T, true>(a, walk) : with_forward<T, false>(a, walk);
+  finish_streams(a.stream);
+}
+
+// ---- backward ----
+
+// The gradient that reaches the normalisation: dy where the ReLU was open.
+template <class T, ReluMask kRelu, bool kPair, bool kFull, class Vec>
+FUSEDRES_INLINE Vec masked_gradient(
+    const BackwardArgs<T>& a, const AffineVec<Vec>& bn, const AffineVec<Vec>& bn2, Vec centred, Vec centred2,
+    int64_t i, int64_t word, int n) {
+  const Vec dy = get<kFull>(a.dy + i, n);
+  if constexpr (kRelu == ReluMask::stored) {
+    return keep(mask_from_bits(a.mask[word], dy), dy);
+  } else if constexpr (kRelu == ReluMask::recomputed) {
+    Vec y = fma(centred, bn.scale, bn.shift);
+    if constexpr (kPair) y = y + fma(centred2, bn2.scale, bn2.shift);
+    return keep(positive<T>(y), dy);
+  } else {
+    return dy;
+  }
+}
+
+template <class T, ReluMask kRelu, bool kPair>
+struct Reduce {
+  using Scalar = typename Compute<T>::Scalar;
+  using Vec = typename Compute<T>::Vec;
+  static constexpr int kSums = kPair ? 3 : 2;
+  const BackwardArgs<T>& a;
+
+  struct Params {
+    AffineVec<Vec> bn, bn2;
+  };
+  FUSEDRES_INLINE Params column_params(int64_t c) const {
+    Params p;
+    p.bn = Types<T>::columns(a.bn, c);
+    if constexpr (kPair) p.bn2 = Types<T>::columns(a.bn2, c);
+    return p;
+  }
+  FUSEDRES_INLINE Params channel_params(int64_t c) const {
+    Params p;
+    p.bn = Types<T>::channel(a.bn, c);
+    if constexpr (kPair) p.bn2 = Types<T>::channel(a.bn2, c);
+    return p;
+  }
+  template <bool kFull>
+  FUSEDRES_INLINE void accumulate(const Params& p, Vec* s, int64_t i, int64_t word, int n) const {
+    const Vec centred = get<kFull>(a.x + i, n) - p.bn.mean;
+    Vec centred2 = centred;
+    if constexpr (kPair) centred2 = get<kFull>(a.x2 + i, n) - p.bn2.mean;
+    // Lanes past the end have dy = 0 and add nothing.
+    const Vec g = masked_gradient<T, kRelu, kPair, kFull>(a, p.bn, p.bn2, centred, centred2, i, word, n);
+    s[0] = s[0] + g;
+    s[1] = fma(g, centred, s[1]);
+    if constexpr (kPair) s[2] = fma(g, centred2, s[2]);
+  }
+};
+
+template <class T, ReluMask kRelu, bool kPair, bool kStream>
+struct Backward {
+  using Vec = typename Compute<T>::Vec;
+  const BackwardArgs<T>& a;
+
+  struct Params {
+    AffineVec<Vec> bn, bn2;
+    Vec of_g, of_x, constant, of_g2, of_x2, constant2;
+  };
+  FUSEDRES_INLINE Params column_params(int64_t c) const {
+    Params p;
+    p.bn = Types<T>::columns(a.bn, c);
+    p.of_g = load(a.gradient.of_g + c);
+    p.of_x = load(a.gradient.of_x + c);
+    p.constant = load(a.gradient.constant + c);
+    if constexpr (kPair) {
+      p.bn2 = Types<T>::columns(a.bn2, c);
+      p.of_g2 = load(a.gradient2.of_g + c);
+      p.of_x2 = load(a.gradient2.of_x + c);
+      p.constant2 = load(a.gradient2.constant + c);
+    }
+    return p;
+  }
+  FUSEDRES_INLINE Params channel_params(int64_t c) const {
+    Params p;
+    p.bn = Types<T>::channel(a.bn, c);
+    p.of_g = broadcast(a.gradient.of_g[c]);
+    p.of_x = broadcast(a.gradient.of_x[c]);
+    p.constant = broadcast(a.gradient.constant[c]);
+    if constexpr (kPair) {
+      p.bn2 = Types<T>::channel(a.bn2, c);
+      p.of_g2 = broadcast(a.gradient2.of_g[c]);
+      p.of_x2 = broadcast(a.gradient2.of_x[c]);
+      p.constant2 = broadcast(a.gradient2.constant[c]);
+    }
+    return p;
+  }
+  template <bool kFull>
+  FUSEDRES_INLINE void map(const Params& p, int64_t i, int64_t word, int n) const {
+    const Vec centred = get<kFull>(a.x + i, n) - p.bn.mean;
+    Vec centred2 = centred;
+    if constexpr (kPair) centred2 = get<kFull>(a.x2 + i, n) - p.bn2.mean;
+    const Vec g = masked_gradient<T, kRelu, kPair, kFull>(a, p.bn, p.bn2, centred, centred2, i, word, n);
+    if (a.dx) put<kFull, kStream>(a.dx + i, fma(p.of_g, g, fma(p.of_x, centred, p.constant)), n);
+    if constexpr (kPair) {
+      if (a.dx2) put<kFull, kStream>(a.dx2 + i, fma(p.of_g2, g, fma(p.of_x2, centred2, p.constant2)), n);
+    } else {
+      if (a.dresidual) put<kFull, kStream>(a.dresidual + i, g, n);
+    }
+  }
+};
+
+// Evaluation: dx = g * of_g, and x is not read unless the mask needs it.
+template <class T, ReluMask kRelu, bool kStream>
+struct BackwardWithoutX {
+  using Vec = typename Compute<T>::Vec;
+  const BackwardArgs<T>& a;
+
+  FUSEDRES_INLINE Vec column_params(int64_t c) const { return load(a.gradient.of_g + c); }
+  FUSEDRES_INLINE Vec channel_params(int64_t c) const { return broadcast(a.gradient.of_g[c]); }
+  template <bool kFull>
+  FUSEDRES_INLINE void map(Vec of_g, int64_t i, int64_t word, int n) const {
+    const AffineVec<Vec> unused{of_g, of_g, of_g};
+    const Vec g = masked_gradient<T, kRelu, false, kFull>(a, unused, unused, of_g, of_g, i, word, n);
+    if (a.dx) put<kFull, kStream>(a.dx + i, of_g * g, n);
+    if (a.dresidual) put<kFull, kStream>(a.dresidual + i, g, n);
+  }
+};
+
+template <class T, class F>
+FUSEDRES_INLINE void with_reduce(const BackwardArgs<T>& a, const F& f) {
+  if (a.x2) {
+    return a.relu == ReluMask::none ? f(Reduce<T, ReluMask::none, true>{a})
+                                    : f(Reduce<T, ReluMask::recomputed, true>{a});
+  }
+  switch (a.relu) {
+    case ReluMask::none:
+      return f(Reduce<T, ReluMask::none, false>{a});
+    case ReluMask::recomputed:
+      return f(Reduce<T, ReluMask::recomputed, false>{a});
+    case ReluMask::stored:
+      return f(Reduce<T, ReluMask::stored, false>{a});
+  }
+}
+
+template <class T, bool kStream, class F>
+FUSEDRES_INLINE void with_backward(const BackwardArgs<T>& a, const F& f) {
+  if (a.x2) {
+    return a.relu == ReluMask::none ? f(Backward<T, ReluMask::none, true, kStream>{a})
+                                    : f(Backward<T, ReluMask::recomputed, true, kStream>{a});
+  }
+  if (!a.uses_x && a.relu != ReluMask::recomputed) {
+    return a.relu == ReluMask::none ? f(BackwardWithoutX<T, ReluMask::none, kStream>{a})
+                                    : f(BackwardWithoutX<T, ReluMask::stored, kStream>{a});
+  }
+  switch (a.relu) {
+    case ReluMask::none:
+      return f(Backward<T, ReluMask::none, false, kStream>{a});
+    case ReluMask::recomputed:
+      return f(Backward<T, ReluMask::recomputed, false, kStream>{a});
+    case ReluMask::stored:
+      return f(Backward<T, ReluMask::stored, false, kStream>{a});
+  }
+}
+
+template <class T>
+void reduce_rows_of(const BackwardArgs<T>& a, const Rows& rows, const Range& r, double* const* sums) {
+  using Scalar = typename Compute<T>::Scalar;
+  with_reduce(a, [&](const auto& body) { reduce_rows<kTogether<Scalar>>(body, rows, r.begin, r.end, r.c0, r.c1, sums); });
+}
+
+template <class T>
+void reduce_planes_of(const BackwardArgs<T>& a, const Planes& planes, const Range& r, double* const* sums) {
+  with_reduce(a, [&](const auto& body) { reduce_planes(body, planes, r.begin, r.end, r.c0, r.c1, sums); });
+}
+
+template <class T>
+void backward_rows(const BackwardArgs<T>& a, const Rows& rows, const Range& r) {
+  using Scalar = typename Compute<T>::Scalar;
+  const auto walk = [&](const auto& body) { map_rows<(kTogether<Scalar> + 1) / 2>(body, rows, r.begin, r.end, r.c0, r.c1); };
+  a.stream ? with_backward<T, true>(a, walk) : with_backward<T, false>(a, walk);
+  finish_streams(a.stream);
+}
+
+template <class T>
+void backward_planes(const BackwardArgs<T>& a, const Planes& planes, const Range& r) {
+  const auto walk = [&](const auto& body) { map_planes(body, planes, r.begin, r.end, r.c0, r.c1); };
+  a.stream ? with_backward<T, true>(a, walk) : with_backward<T, false>(a, walk);
+  finish_streams(a.stream);
+}
+
+}  // namespace
+
+namespace FUSEDRES_ISA {
+
+template <class T>
+const BatchNormKernels<T>& batch_norm_kernels() {
+  static constexpr BatchNormKernels<T> kernels{
+      statistics_rows<T>,  statistics_planes<T>,  forward_rows<T>,  forward_planes<T>,
+      reduce_rows_of<T>,   reduce_planes_of<T>,   backward_rows<T>, backward_planes<T>,
+  };
+  return kernels;
+}
+
+template const BatchNormKernels<float>& batch_norm_kernels<float>();
+template const BatchNormKernels<double>& batch_norm_kernels<double>();
+template const BatchNormKernels<bf16>& batch_norm_kernels<bf16>();
+template const BatchNormKernels<half>& batch_norm_kernels<half>();
+
+}  // namespace FUSEDRES_ISA
+}  // namespace fusedres::cpu
+
+#else  // drivers and registration
+
+#include "batch_norm.h"
+
+namespace fusedres::cpu {
+namespace {
+
+// Pieces of an element-wise pass, walked from the end: what the pass before it touched last is still cached.
+template <class F>
+void for_each_piece_backwards(const Tiling& tiling, const F& f) {
+  const int64_t height_elements = tiling.layout.numel() / tiling.height + 1;
+  const int64_t piece = std::max<int64_t>(1, ceil_div(ceil_div(32 * 1024, height_elements), 8) * 8);
+  const int64_t tasks = ceil_div(tiling.height, piece);
+  for_each_task(tasks, tiling.layout.numel(), [&](int64_t task) {
+    const int64_t begin = (tasks - 1 - task) * piece;
+    f(Range{begin, std::min(begin + piece, tiling.height), 0, tiling.columns});
+  });
+}
+
+template <class T>
+void run_forward(ForwardArgs<T> args, const Tiling& tiling, Norm<T>* const* norms, int64_t count) {
+  const auto& kernels = batch_norm_kernels<T>();
+  const auto walk = [&](const Range& range) {
+    if (tiling.layout.channels_last) {
+      kernels.forward_rows(args, tiling.rows, range);
+    } else {
+      kernels.forward_planes(args, tiling.planes, range);
+    }
+  };
+  bool any_training = false;
+  for (int64_t i = 0; i < count; ++i) any_training |= norms[i]->training;
+  const int64_t cached = any_training ? tiling.cached_columns(sizeof(T), count) : 0;
+  const int64_t tasks = cached ? ceil_div(tiling.columns, cached) : 0;
+  if (tasks >= threads()) {
+    for_each_task(tasks, tiling.layout.numel(), [&](int64_t task) {
+      const auto [c0, c1] = columns_of(task, cached, tiling.columns);
+      for (int64_t i = 0; i < count; ++i) {
+        if (norms[i]->training) {
+          for (int64_t block = 0; block < tiling.blocks; ++block) norms[i]->block_statistics(block, c0, c1);
+        }
+        norms[i]->finish(c0, c1);
+      }
+      walk({0, tiling.height, c0, c1});
+    });
+  } else {
+    all_statistics(tiling, norms, count);
+    for_each_piece_backwards(tiling, walk);
+  }
+}
+
+template <class T>
+void run_backward(BackwardArgs<T> args, const Tiling& tiling, NormBackward<T>* const* norms, int64_t count, bool reduce, double* sum_g) {
+  const auto& kernels = batch_norm_kernels<T>();
+  const bool apply = args.dx || args.dx2 || args.dresidual;
+  const auto reduce_block = [&](int64_t block, int64_t c0, int64_t c1) {
+    double* sums[3] = {sum_g + block * tiling.columns, norms[0]->sum(block), count > 1 ? norms[1]->sum(block) : nullptr};
+    for (int64_t k = 0; k < 1 + count; ++k) std::fill(sums[k] + c0, sums[k] + c1, 0.0);
+    const Range range = tiling.block_range(block, c0, c1);
+    if (tiling.layout.channels_last) {
+      kernels.reduce_rows(args, tiling.rows, range, sums);
+    } else {
+      kernels.reduce_planes(args, tiling.planes, range, sums);
+    }
+  };
+  const auto walk = [&](const Range& range) {
+    if (tiling.layout.channels_last) {
+      kernels.backward_rows(args, tiling.rows, range);
+    } else {
+      kernels.backward_planes(args, tiling.planes, range);
+    }
+  };
+  const int64_t cached = reduce && apply ? tiling.cached_columns(sizeof(T), 1 + count) : 0;
+  const int64_t cached_tasks = cached ? ceil_div(tiling.columns, cached) : 0;
+  if (cached_tasks >= threads()) {
+    for_each_task(cached_tasks, tiling.layout.numel(), [&](int64_t task) {
+      const auto [c0, c1] = columns_of(task, cached, tiling.columns);
+      for (int64_t block = 0; block < tiling.blocks; ++block) reduce_block(block, c0, c1);
+      for (int64_t i = 0; i < count; ++i) norms[i]->finish(sum_g, true, c0, c1);
+      walk({0, tiling.height, c0, c1});
+    });
+    return;
+  }
+  if (reduce) {
+    const int64_t pieces = tiling.blocks >= 2 * threads() ? 1 : std::min<int64_t>(2 * threads(), ceil_div(tiling.columns, 64));
+    const int64_t width = ceil_div(ceil_div(tiling.columns, pieces), kLanes) * kLanes;
+    const int64_t used = ceil_div(tiling.columns, width);
+    for_each_task(tiling.blocks * used, tiling.layout.numel(), [&](int64_t task) {
+      const auto [c0, c1] = columns_of(task % used, width, tiling.columns);
+      reduce_block(task / used, c0, c1);
+    });
+  }
+  for (int64_t i = 0; i < count; ++i) norms[i]->finish(sum_g, reduce, 0, tiling.layout.channels);
+  if (apply) for_each_piece_backwards(tiling, walk);
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_act_cpu(
+    Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias, OptionalTensor running_mean,
+    OptionalTensor running_var, OptionalTensor num_batches_tracked, bool training, std::optional<double> momentum,
+    double eps, bool relu, bool save_mask) {
+  const Layout4d layout = layout_of(x);
+  const NormArguments arguments{weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps};
+  check_norm(arguments, x, layout);
+  if (residual) check_same_layout("residual", *residual, x);
+  Tensor out = uninitialized_like(x);
+  Tensor stats = empty_statistics(layout, x);
+  Tensor mask = empty_vector(save_mask ? mask_bytes(layout) : 0, ScalarType::Byte, x);
+  const Tiling tiling(layout);
+  dispatch(x.scalar_type(), [&]<class T>(T*) {
+    Scratch& scratch = Scratch::with(Norm<T>::scratch_bytes(tiling));
+    Norm<T> norm(arguments, data<T>(x), tiling, stats, scratch);
+    ForwardArgs<T> args{};
+    args.x = data<T>(x);
+    args.bn = norm.affine();
+    args.residual = data<T>(residual);
+    args.out = data<T>(out);
+    args.mask = save_mask ? data<uint16_t>(mask) : nullptr;
+    args.relu = relu;
+    args.stream = layout.channels_last && streams(layout.numel() * sizeof(T));
+    Norm<T>* norms[] = {&norm};
+    run_forward(args, tiling, norms, 1);
+  });
+  return {out, stats, mask};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_cpu(
+    Tensor dy, Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor stats, OptionalTensor mask, bool training,
+    bool relu, bool need_dx, bool need_dresidual, bool need_affine) {
+  const Layout4d layout = layout_of(x);
+  check_same_layout("dy", dy, x);
+  check_channel_vector("weight", weight, x, layout.channels);
+  check_channel_vector("bias", bias, x, layout.channels);
+  STD_TORCH_CHECK(stats.numel() == 3 * layout.channels, "stats must have shape (3, C)");
+  STD_TORCH_CHECK(!mask || mask->numel() == mask_bytes(layout), "mask does not belong to x");
+  Tensor dx = wanted_like(need_dx, x);
+  Tensor dresidual = wanted_like(need_dresidual, x);
+  Tensor dweight = wanted_parameter_gradient(need_affine, weight, stats);
+  Tensor dbias = wanted_parameter_gradient(need_affine, weight, stats);
+  const Tiling tiling(layout);
+  dispatch(x.scalar_type(), [&]<class T>(T*) {
+    const int64_t sums = tiling.columns * tiling.blocks;
+    Scratch& scratch = Scratch::with(NormBackward<T>::scratch_bytes(tiling) + sizeof(double) * sums);
+    NormBackward<T> norm(
+        stats, weight, bias, training, tiling, need_affine ? OptionalTensor(dweight) : OptionalTensor(),
+        need_affine ? OptionalTensor(dbias) : OptionalTensor(), scratch);
+    norm.prepare();
+    BackwardArgs<T> args{};
+    args.dy = data<T>(dy);
+    args.x = data<T>(x);
+    args.bn = norm.affine();
+    args.mask = data<uint16_t>(mask);
+    args.relu = !relu ? ReluMask::none : args.mask ? ReluMask::stored : ReluMask::recomputed;
+    args.gradient = norm.gradient();
+    args.dx = need_dx ? data<T>(dx) : nullptr;
+    args.dresidual = need_dresidual ? data<T>(dresidual) : nullptr;
+    args.uses_x = training;
+    args.stream = layout.channels_last && streams(layout.numel() * sizeof(T));
+    NormBackward<T>* norms[] = {&norm};
+    run_backward(args, tiling, norms, 1, need_affine || (training && need_dx), scratch.take<double>(sums));
+  });
+  return {dx, dresidual, dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_add_batch_norm_act_cpu(
+    Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor running_mean, OptionalTensor running_var,
+    OptionalTensor num_batches_tracked, bool training, std::optional<double> momentum, double eps, Tensor x2,
+    OptionalTensor weight2, OptionalTensor bias2, OptionalTensor running_mean2, OptionalTensor running_var2,
+    OptionalTensor num_batches_tracked2, bool training2, std::optional<double> momentum2, double eps2, bool relu) {
+  const Layout4d layout = layout_of(x);
+  const NormArguments first{weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps};
+  const NormArguments second{weight2, bias2, running_mean2, running_var2, num_batches_tracked2, training2, momentum2, eps2};
+  check_norm(first, x, layout);
+  check_norm(second, x, layout);
+  check_same_layout("x2", x2, x);
+  Tensor out = uninitialized_like(x);
+  Tensor stats = empty_statistics(layout, x);
+  Tensor stats2 = empty_statistics(layout, x);
+  const Tiling tiling(layout);
+  dispatch(x.scalar_type(), [&]<class T>(T*) {
+    Scratch& scratch = Scratch::with(2 * Norm<T>::scratch_bytes(tiling));
+    Norm<T> norm(first, data<T>(x), tiling, stats, scratch);
+    Norm<T> norm2(second, data<T>(x2), tiling, stats2, scratch);
+    ForwardArgs<T> args{};
+    args.x = data<T>(x);
+    args.bn = norm.affine();
+    args.x2 = data<T>(x2);
+    args.bn2 = norm2.affine();
+    args.out = data<T>(out);
+    args.relu = relu;
+    args.stream = layout.channels_last && streams(layout.numel() * sizeof(T));
+    Norm<T>* norms[] = {&norm, &norm2};
+    run_forward(args, tiling, norms, 2);
+  });
+  return {out, stats, stats2};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_batch_norm_act_backward_cpu(
+    Tensor dy, Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor stats, bool training, Tensor x2,
+    OptionalTensor weight2, OptionalTensor bias2, Tensor stats2, bool training2, bool relu, bool need_dx, bool need_dx2,
+    bool need_affine, bool need_affine2) {
+  const Layout4d layout = layout_of(x);
+  check_same_layout("dy", dy, x);
+  check_same_layout("x2", x2, x);
+  for (const auto& [name, v] : {std::pair{"weight", &weight}, {"bias", &bias}, {"weight2", &weight2}, {"bias2", &bias2}}) {
+    check_channel_vector(name, *v, x, layout.channels);
+  }
+  STD_TORCH_CHECK(
+      stats.numel() == 3 * layout.channels && stats2.numel() == stats.numel(), "stats must have shape (3, C)");
+  Tensor dx = wanted_like(need_dx, x);
+  Tensor dx2 = wanted_like(need_dx2, x);
+  Tensor dweight = wanted_parameter_gradient(need_affine, weight, stats);
+  Tensor dbias = wanted_parameter_gradient(need_affine, weight, stats);
+  Tensor dweight2 = wanted_parameter_gradient(need_affine2, weight2, stats2);
+  Tensor dbias2 = wanted_parameter_gradient(need_affine2, weight2, stats2);
+  const auto if_wanted = [](bool wanted, const Tensor& t) { return wanted ? OptionalTensor(t) : OptionalTensor(); };
+  const Tiling tiling(layout);
+  dispatch(x.scalar_type(), [&]<class T>(T*) {
+    const int64_t sums = tiling.columns * tiling.blocks;
+    Scratch& scratch = Scratch::with(2 * NormBackward<T>::scratch_bytes(tiling) + sizeof(double) * sums);
+    NormBackward<T> norm(
+        stats, weight, bias, training, tiling, if_wanted(need_affine, dweight), if_wanted(need_affine, dbias), scratch);
+    NormBackward<T> norm2(
+        stats2, weight2, bias2, training2, tiling, if_wanted(need_affine2, dweight2), if_wanted(need_affine2, dbias2),
+        scratch);
+    norm.prepare();
+    norm2.prepare();
+    BackwardArgs<T> args{};
+    args.dy = data<T>(dy);
+    args.x = data<T>(x);
+    args.bn = norm.affine();
+    args.x2 = data<T>(x2);
+    args.bn2 = norm2.affine();
+    args.relu = relu ? ReluMask::recomputed : ReluMask::none;
+    args.gradient = norm.gradient();
+    args.gradient2 = norm2.gradient();
+    args.dx = need_dx ? data<T>(dx) : nullptr;
+    args.dx2 = need_dx2 ? data<T>(dx2) : nullptr;
+    args.uses_x = true;
+    args.stream = layout.channels_last && streams(layout.numel() * sizeof(T));
+    NormBackward<T>* norms[] = {&norm, &norm2};
+    const bool reduce = need_affine || need_affine2 || (training && need_dx) || (training2 && need_dx2);
+    run_backward(args, tiling, norms, 2, reduce, scratch.take<double>(sums));
+  });
+  return {dx, dweight, dbias, dx2, dweight2, dbias2};
+}
+
+}  // namespace
+}  // namespace fusedres::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fusedres, CPU, m) {
+  m.impl("batch_norm_act", TORCH_BOX(&fusedres::cpu::batch_norm_act_cpu));
+  m.impl("batch_norm_act_backward", TORCH_BOX(&fusedres::cpu::batch_norm_act_backward_cpu));
+  m.impl("batch_norm_add_batch_norm_act", TORCH_BOX(&fusedres::cpu::batch_norm_add_batch_norm_act_cpu));
+  m.impl("batch_norm_add_batch_norm_act_backward", TORCH_BOX(&fusedres::cpu::batch_norm_add_batch_norm_act_backward_cpu));
+}
+
+#endif

@@ -1,0 +1,98 @@
+// The CPU kernels of batch normalisation over part of a tensor, as the drivers call them: one table per storage type and
+// instruction set. Channel ranges are columns of Rows (see traverse.h) or channels of Planes.
+#pragma once
+
+#include "types.h"
+
+namespace fusedres::cpu {
+
+template <class T>
+struct ScalarOf {
+  using type = float;
+};
+template <>
+struct ScalarOf<double> {
+  using type = double;
+};
+
+// y = (x - mean) * scale + shift, per column or channel.
+template <class S>
+struct Affine {
+  const S* mean;
+  const S* scale;
+  const S* shift;
+};
+
+// dx = g * of_g + (x - mean) * of_x + constant, per column or channel.
+template <class S>
+struct Gradient {
+  const S* of_g;
+  const S* of_x;
+  const S* constant;
+};
+
+enum class ReluMask { none, recomputed, stored };
+
+// Rows or planes [begin, end) and columns or channels [c0, c1).
+struct Range {
+  int64_t begin, end, c0, c1;
+};
+
+template <class T>
+struct ForwardArgs {
+  using S = typename ScalarOf<T>::type;
+  const T* x;
+  Affine<S> bn;
+  const T* residual;  // or null
+  const T* x2;        // or null: a second normalised input
+  Affine<S> bn2;
+  T* out;
+  uint16_t* mask;  // or null
+  bool relu;
+  bool stream;
+};
+
+template <class T>
+struct BackwardArgs {
+  using S = typename ScalarOf<T>::type;
+  const T* dy;
+  const T* x;
+  Affine<S> bn;
+  const T* x2;  // or null
+  Affine<S> bn2;
+  const uint16_t* mask;
+  ReluMask relu;
+  // apply
+  Gradient<S> gradient, gradient2;
+  T* dx;         // or null
+  T* dx2;        // or null
+  T* dresidual;  // or null
+  bool uses_x;   // false where of_x is zero throughout (evaluation)
+  bool stream;
+};
+
+template <class T>
+struct BatchNormKernels {
+  // mean and the sum of squared deviations of a range, per column or channel
+  void (*statistics_rows)(const T* x, const Rows&, const Range&, double* mean, double* m2);
+  void (*statistics_planes)(const T* x, const Planes&, const Range&, double* mean, double* m2);
+  void (*forward_rows)(const ForwardArgs<T>&, const Rows&, const Range&);
+  void (*forward_planes)(const ForwardArgs<T>&, const Planes&, const Range&);
+  // adds sum g, sum g*(x - mean) and, with x2, sum g*(x2 - mean2)
+  void (*reduce_rows)(const BackwardArgs<T>&, const Rows&, const Range&, double* const* sums);
+  void (*reduce_planes)(const BackwardArgs<T>&, const Planes&, const Range&, double* const* sums);
+  void (*backward_rows)(const BackwardArgs<T>&, const Rows&, const Range&);
+  void (*backward_planes)(const BackwardArgs<T>&, const Planes&, const Range&);
+};
+
+#define FUSEDRES_DECLARE_BATCH_NORM(isa)                \
+  namespace isa {                                       \
+  template <class T>                                    \
+  const BatchNormKernels<T>& batch_norm_kernels();      \
+  }
+FUSEDRES_DECLARE_BATCH_NORM(baseline)
+FUSEDRES_DECLARE_BATCH_NORM(avx2)
+FUSEDRES_DECLARE_BATCH_NORM(avx512)
+#undef FUSEDRES_DECLARE_BATCH_NORM
+
+}  // namespace fusedres::cpu

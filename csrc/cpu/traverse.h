@@ -1,0 +1,217 @@
+// How the element-wise and reducing kernels walk a tensor. A body says what happens to one vector; the walks here bring it
+// to every vector of a channels_last tensor (rows) or of a contiguous one (planes).
+//
+// Rows: the tensor is a matrix of `count` rows of `width` elements and a last row of `tail` elements. `width` is the
+// number of channels, or the least multiple of it that is a multiple of 16: three channels are walked as 48, so that no
+// lane is idle and the mask is one bit per element in memory order. Sums then come out per column, several to a channel.
+// Planes: N*C planes of `area` elements; lanes past the end of a plane are masked.
+#pragma once
+
+#include "vec.h"
+
+namespace fusedres::cpu {
+namespace {
+
+// Rows that are walked together, so that what is loaded per column serves several of them, and vectors of a plane that
+// are summed apart. The baseline, and double, have too few registers to gain by it.
+#if defined(FUSEDRES_VEC_AVX512) || defined(FUSEDRES_VEC_AVX2)
+template <class Scalar>
+constexpr int kTogether = sizeof(Scalar) == 4 ? 4 : 1;
+#else
+template <class Scalar>
+constexpr int kTogether = 1;
+#endif
+
+constexpr int64_t kTileRows = 128;      // rows summed in the compute type before they are added to the double sums
+constexpr int64_t kColumnChunk = 512;   // columns whose running sums stay in L1
+constexpr int64_t kPlaneGroup = 16;     // channels whose running sums are kept together
+constexpr int64_t kFlushVectors = 128;  // vectors summed in the compute type, per channel of a plane walk
+
+template <bool kFull, class T>
+FUSEDRES_INLINE auto get(const T* p, int n) {
+  if constexpr (kFull) {
+    return load(p);
+  } else {
+    return load_n(p, n);
+  }
+}
+
+template <bool kFull, bool kStream, class T, class V>
+FUSEDRES_INLINE void put(T* p, V v, int n) {
+  if constexpr (!kFull) {
+    store_n(p, v, n);
+  } else if constexpr (kStream) {
+    stream(p, v);
+  } else {
+    store(p, v);
+  }
+}
+
+FUSEDRES_INLINE void finish_streams(bool streamed) {
+#if defined(FUSEDRES_VEC_AVX512) || defined(FUSEDRES_VEC_AVX2)
+  if (streamed) _mm_sfence();
+#else
+  (void)streamed;
+#endif
+}
+
+template <int kRows, class Body>
+FUSEDRES_INLINE void map_rows(const Body& body, const Rows& rows, int64_t row0, int64_t row1, int64_t c0, int64_t c1) {
+  const int64_t full = row1 < rows.count ? row1 : rows.count;
+  int64_t r = row0;
+  for (; r + kRows <= full; r += kRows) {
+    for (int64_t c = c0; c < c1; c += kLanes) {
+      const auto p = body.column_params(c);
+      for (int u = 0; u < kRows; ++u) {
+        const int64_t i = (r + u) * rows.width + c;
+        body.template map<true>(p, i, i / kLanes, kLanes);
+      }
+    }
+  }
+  for (; r < row1; ++r) {
+    const int64_t end = r < rows.count ? c1 : (rows.tail < c1 ? rows.tail : c1);
+    for (int64_t c = c0; c < end; c += kLanes) {
+      const auto p = body.column_params(c);
+      const int64_t i = r * rows.width + c;
+      if (c + kLanes <= end) {
+        body.template map<true>(p, i, i / kLanes, kLanes);
+      } else {
+        body.template map<false>(p, i, i / kLanes, static_cast<int>(end - c));
+      }
+    }
+  }
+}
+
+template <class Body>
+FUSEDRES_INLINE void map_planes(const Body& body, const Planes& planes, int64_t n0, int64_t n1, int64_t c0, int64_t c1) {
+  const int64_t words = (planes.area + kLanes - 1) / kLanes;
+  const int64_t full = planes.area / kLanes;
+  const int rest = static_cast<int>(planes.area % kLanes);
+  for (int64_t n = n0; n < n1; ++n) {
+    for (int64_t c = c0; c < c1; ++c) {
+      const auto p = body.channel_params(c);
+      const int64_t plane = n * planes.channels + c;
+      const int64_t i = plane * planes.area;
+      const int64_t word = plane * words;
+      for (int64_t j = 0; j < full; ++j) body.template map<true>(p, i + j * kLanes, word + j, kLanes);
+      if (rest) body.template map<false>(p, i + full * kLanes, word + full, rest);
+    }
+  }
+}
+
+// Adds to sums[k][c], for every column in [c0, c1), the sums over the rows of the body's kSums quantities.
+template <int kRows, class Body>
+FUSEDRES_INLINE void reduce_rows(
+    const Body& body, const Rows& rows, int64_t row0, int64_t row1, int64_t c0, int64_t c1, double* const* sums) {
+  using Scalar = typename Body::Scalar;
+  using Vec = typename Body::Vec;
+  constexpr int K = Body::kSums;
+  alignas(64) Scalar tile[K][kColumnChunk];
+  const int64_t full = row1 < rows.count ? row1 : rows.count;
+  for (int64_t chunk = c0; chunk < c1; chunk += kColumnChunk) {
+    const int64_t end = chunk + kColumnChunk < c1 ? chunk + kColumnChunk : c1;
+    for (int64_t row = row0; row < row1; row += kTileRows) {
+      const int64_t tile_end = row + kTileRows < row1 ? row + kTileRows : row1;
+      const int64_t full_end = tile_end < full ? tile_end : full;
+      for (int k = 0; k < K; ++k) std::memset(tile[k], 0, (end - chunk) * sizeof(Scalar));
+      int64_t r = row;
+      for (; r + kRows <= full_end; r += kRows) {
+        for (int64_t c = chunk; c < end; c += kLanes) {
+          const auto p = body.column_params(c);
+          Vec s[K];
+          for (int k = 0; k < K; ++k) s[k] = load(tile[k] + c - chunk);
+          for (int u = 0; u < kRows; ++u) {
+            const int64_t i = (r + u) * rows.width + c;
+            body.template accumulate<true>(p, s, i, i / kLanes, kLanes);
+          }
+          for (int k = 0; k < K; ++k) store(tile[k] + c - chunk, s[k]);
+        }
+      }
+      for (; r < tile_end; ++r) {
+        const int64_t row_width = r < rows.count ? end : (rows.tail < end ? rows.tail : end);
+        for (int64_t c = chunk; c < row_width; c += kLanes) {
+          const auto p = body.column_params(c);
+          Vec s[K];
+          for (int k = 0; k < K; ++k) s[k] = load(tile[k] + c - chunk);
+          const int64_t i = r * rows.width + c;
+          if (c + kLanes <= row_width) {
+            body.template accumulate<true>(p, s, i, i / kLanes, kLanes);
+          } else {
+            body.template accumulate<false>(p, s, i, i / kLanes, static_cast<int>(row_width - c));
+          }
+          for (int k = 0; k < K; ++k) store(tile[k] + c - chunk, s[k]);
+        }
+      }
+      for (int k = 0; k < K; ++k) {
+        for (int64_t c = chunk; c < end; ++c) sums[k][c] += static_cast<double>(tile[k][c - chunk]);
+      }
+    }
+  }
+}
+
+// Adds to sums[k][c], for every channel in [c0, c1), the sums over the planes n0 <= n < n1.
+template <class Body>
+FUSEDRES_INLINE void reduce_planes(
+    const Body& body, const Planes& planes, int64_t n0, int64_t n1, int64_t c0, int64_t c1, double* const* sums) {
+  using Scalar = typename Body::Scalar;
+  using Vec = typename Body::Vec;
+  constexpr int K = Body::kSums;
+  constexpr int kUnroll = kTogether<Scalar>;
+  alignas(64) Scalar partial[kPlaneGroup][K][kLanes];
+  const int64_t words = (planes.area + kLanes - 1) / kLanes;
+  const int64_t full = planes.area / kLanes;
+  const int rest = static_cast<int>(planes.area % kLanes);
+  const bool long_planes = words >= kFlushVectors;
+  for (int64_t group = c0; group < c1; group += kPlaneGroup) {
+    const int64_t end = group + kPlaneGroup < c1 ? group + kPlaneGroup : c1;
+    std::memset(partial, 0, sizeof partial);
+    const auto flush = [&](int64_t c) {
+      for (int k = 0; k < K; ++k) {
+        Scalar* lanes = partial[c - group][k];
+        double total = 0.0;
+        for (int i = 0; i < kLanes; ++i) total += static_cast<double>(lanes[i]);
+        sums[k][c] += total;
+        std::memset(lanes, 0, sizeof partial[0][0]);
+      }
+    };
+    int64_t pending = 0;
+    for (int64_t n = n0; n < n1; ++n) {
+      for (int64_t c = group; c < end; ++c) {
+        const auto p = body.channel_params(c);
+        const int64_t plane = n * planes.channels + c;
+        const int64_t i = plane * planes.area;
+        const int64_t word = plane * words;
+        for (int64_t j0 = 0; j0 < words; j0 += kUnroll * kFlushVectors) {
+          Vec s[kUnroll][K];
+          for (int u = 0; u < kUnroll; ++u) {
+            for (int k = 0; k < K; ++k) s[u][k] = broadcast(Scalar(0));
+          }
+          const int64_t limit = j0 + kUnroll * kFlushVectors;
+          const int64_t stop = limit < full ? limit : full;
+          int64_t j = j0;
+          for (; j + kUnroll <= stop; j += kUnroll) {
+            for (int u = 0; u < kUnroll; ++u) {
+              body.template accumulate<true>(p, s[u], i + (j + u) * kLanes, word + j + u, kLanes);
+            }
+          }
+          for (; j < stop; ++j) body.template accumulate<true>(p, s[0], i + j * kLanes, word + j, kLanes);
+          if (rest && limit >= words) body.template accumulate<false>(p, s[0], i + full * kLanes, word + full, rest);
+          for (int k = 0; k < K; ++k) {
+            for (int u = 1; u < kUnroll; ++u) s[0][k] = s[0][k] + s[u][k];
+            add_to(partial[c - group][k], s[0][k]);
+          }
+          if (long_planes) flush(c);
+        }
+      }
+      pending += words;
+      if (pending >= kFlushVectors && !long_planes) {
+        for (int64_t c = group; c < end; ++c) flush(c);
+        pending = 0;
+      }
+    }
+    for (int64_t c = group; c < end; ++c) flush(c);
+  }
+}
+
+}  // namespace
+}  // namespace fusedres::cpu
