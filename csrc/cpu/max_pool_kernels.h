@@ -1,0 +1,67 @@
+// The CPU kernels of batch_norm_act_max_pool over part of a tensor.
+#pragma once
+
+#include "batch_norm_kernels.h"
+
+namespace fusedres::cpu {
+
+constexpr uint8_t kNoWinner = 255;  // the window's activation was cut: it sends no gradient
+
+// Windows as max_pool2d defines them. `rows` and `cols` are how many input rows and columns one window spans.
+struct Pooling {
+  int64_t batch, channels, height, width;      // input
+  int64_t out_height, out_width;               // output
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+
+  int64_t span_h() const { return (kernel_h - 1) * dilation_h + 1; }
+};
+
+template <class T>
+struct PoolArgs {
+  using S = typename ScalarOf<T>::type;
+  const T* x;
+  Affine<S> bn;
+  bool relu;
+  T* out;
+  const T* dy;
+  uint8_t* winners;  // position in the window, of every output element, in the layout of the output
+  Gradient<S> gradient;
+  T* dx;
+  bool stream;
+};
+
+// Rows are output rows (input rows for `backward_rows`), counted through the batch; planes are counted through batch and
+// channels. `scratch` holds `scratch_scalars` values of the compute type.
+template <class T>
+struct MaxPoolKernels {
+  using S = typename ScalarOf<T>::type;
+  void (*forward_rows)(const PoolArgs<T>&, const Pooling&, int64_t begin, int64_t end, S* scratch);
+  void (*forward_planes)(const PoolArgs<T>&, const Pooling&, int64_t begin, int64_t end, S* scratch);
+  // Finds the winners and adds sum g and sum g*(x - mean), per channel.
+  void (*winners_rows)(
+      const PoolArgs<T>&, const Pooling&, int64_t begin, int64_t end, S* scratch, double* sum_g, double* sum_gx);
+  void (*winners_planes)(
+      const PoolArgs<T>&, const Pooling&, int64_t begin, int64_t end, S* scratch, double* sum_g, double* sum_gx);
+  void (*backward_rows)(const PoolArgs<T>&, const Pooling&, int64_t begin, int64_t end);
+  void (*backward_planes)(const PoolArgs<T>&, const Pooling&, int64_t begin, int64_t end, S* scratch);
+};
+
+// Enough for any of the kernels above.
+inline int64_t scratch_scalars(const Pooling& p, bool channels_last) {
+  constexpr int64_t lanes = kLanes;
+  const auto padded = [](int64_t n) { return (n + lanes - 1) / lanes * lanes; };
+  if (channels_last) return 2 * p.span_h() * p.width * padded(p.channels) + 2 * padded(p.channels);
+  return 2 * p.span_h() * padded(p.width) + 3 * padded(p.out_width) + padded(p.height * p.width);
+}
+
+#define FUSEDRES_DECLARE_MAX_POOL(isa)           \
+  namespace isa {                                \
+  template <class T>                             \
+  const MaxPoolKernels<T>& max_pool_kernels();   \
+  }
+FUSEDRES_DECLARE_MAX_POOL(baseline)
+FUSEDRES_DECLARE_MAX_POOL(avx2)
+FUSEDRES_DECLARE_MAX_POOL(avx512)
+#undef FUSEDRES_DECLARE_MAX_POOL
+
+}  // namespace fusedres::cpu
