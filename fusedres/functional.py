@@ -35,9 +35,9 @@ from .ops.checks import (
     check_act,
     check_addend,
     check_batch_norm,
-    check_floating,
     check_max_pool,
     check_not_inference,
+    check_tensor,
     pair,
 )
 from .ops.layout import dense, laid_out_like
@@ -50,7 +50,11 @@ __all__ = [
     "conv_bn_act",
 ]
 
-_SMALL = 16 * 1024  # elements; below this a call's fixed cost decides, and eager's is lower
+_SMALL_ADD = 16 * 1024  # elements; below this the fixed cost of a call decides, and eager's relu(x + residual) has less
+_MOST_TAPS = 255  # elements of a pooling window that the native kernels can number
+
+# What a native op or the way to it raises when it refuses arguments; nothing has been updated then.
+_REFUSED = (RuntimeError, TypeError, ValueError, AttributeError)
 
 
 def _is_traced() -> bool:
@@ -61,12 +65,41 @@ def _is_traced() -> bool:
         torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch.onnx.is_in_onnx_export()
     )
 
 
 def _requires_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _natively(op: registry.Op, x: Any, act: str | None) -> bool:
+    """Whether a call may go straight to the native CPU op, which checks its arguments itself.
+
+    If it refuses them, the way through the checks says why in words, or finds that eager PyTorch serves the call.
+    """
+    return (
+        op.cpu is not None
+        and not registry.forced_elsewhere("cpu")
+        and (act == "relu" or act is None)
+        and not torch.compiler.is_compiling()
+        and not _is_traced()
+        and x.is_cpu
+    )
+
+
+def _check_saved(x: Tensor, *others: Tensor | None) -> None:
+    """Before the kernels run: a tensor that autograd could not save would fail after the statistics have moved."""
+    if x.is_inference() or any(t is not None and t.is_inference() for t in others):
+        raise RuntimeError("inference tensors cannot be saved for backward")
+
+
+def _check_statistics(training: Any, *statistics: Tensor | None) -> None:
+    """What the native ops cannot see."""
+    if training is not True and training is not False:
+        raise TypeError("training must be bool")
+    for t in statistics:
+        if t is not None and t.requires_grad:
+            raise RuntimeError("statistics are not differentiable")
 
 
 def _activated(y: Tensor, act: str | None) -> Tensor:
@@ -130,13 +163,19 @@ def batch_norm_act(
             act=act,
             num_batches_tracked=num_batches_tracked,
         )
+    norm = (weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
+    try:
+        if _natively(BATCH_NORM_ACT, x, act):
+            return _batch_norm_act(x, residual, norm, act, BATCH_NORM_ACT.cpu, BATCH_NORM_ACT_BACKWARD.cpu)
+    except _REFUSED:
+        pass
+
     check_act(act)
     check_batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     if residual is not None:
         check_addend("residual", residual, x)
-    norm = (weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
     op = None if _is_traced() or x.dim() != 4 or x.numel() == 0 else registry.serve(BATCH_NORM_ACT, x)
-    if op is None or (x.numel() < _SMALL and not registry.forced()):
+    if op is None:
         check_not_inference({"x": x, "weight": weight})
         y = eager_batch_norm(x, *norm)
         return _activated(y if residual is None else y + residual, act)
@@ -155,13 +194,23 @@ def batch_norm_act(
         )
         return _activated(y + residual, act)
 
+    check_not_inference({"x": x, "weight": weight, "bias": bias})
+    return _batch_norm_act(x, residual, norm, act, op, registry.serve(BATCH_NORM_ACT_BACKWARD, x))
+
+
+def _batch_norm_act(
+    x: Tensor, residual: Tensor | None, norm: tuple[Any, ...], act: str | None, op: Any, backward_op: Any
+) -> Tensor:
+    """The fused op, or its Function where a gradient will be wanted; ``norm`` as the op's schema has it."""
+    weight, bias, running_mean, running_var, _, training = norm[:6]
+    _check_statistics(training, running_mean, running_var)
     x = dense(x)
     if residual is not None:
         residual = laid_out_like(residual, x)
     if not _requires_grad(x, residual, weight, bias):
         return op(x, residual, *norm, act == "relu", False)[0]
-    check_not_inference({"x": x, "weight": weight, "bias": bias})
-    backward_op = registry.serve(BATCH_NORM_ACT_BACKWARD, x)
+    if not torch.compiler.is_compiling():
+        _check_saved(x, weight, bias)
     return BatchNormActFunction.apply(x, residual, *norm, act == "relu", op, backward_op)
 
 
@@ -233,6 +282,20 @@ def batch_norm_add_batch_norm_act(
             num_batches_tracked=num_batches_tracked,
             num_batches_tracked2=num_batches_tracked2,
         )
+    try:
+        if _natively(BATCH_NORM_ADD_BATCH_NORM_ACT, x, act):
+            return _batch_norm_add_batch_norm_act(
+                x,
+                first,
+                x2,
+                second,
+                act,
+                BATCH_NORM_ADD_BATCH_NORM_ACT.cpu,
+                BATCH_NORM_ADD_BATCH_NORM_ACT_BACKWARD.cpu,
+            )
+    except _REFUSED:
+        pass
+
     check_act(act)
     check_batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     check_batch_norm(
@@ -241,17 +304,29 @@ def batch_norm_add_batch_norm_act(
     check_addend("x2", x2, x)
     unfused = _is_traced() or x.dim() != 4 or x.numel() == 0 or x2.shape != x.shape or x2.dtype != x.dtype
     op = None if unfused else registry.serve(BATCH_NORM_ADD_BATCH_NORM_ACT, x)
-    if op is None or (x.numel() < _SMALL and not registry.forced()):
+    if op is None:
         check_not_inference({"x": x, "weight": weight, "x2": x2, "weight2": weight2})
         return _activated(eager_batch_norm(x, *first) + eager_batch_norm(x2, *second), act)
 
+    check_not_inference({"x": x, "weight": weight, "bias": bias, "x2": x2, "weight2": weight2, "bias2": bias2})
+    backward_op = registry.serve(BATCH_NORM_ADD_BATCH_NORM_ACT_BACKWARD, x)
+    return _batch_norm_add_batch_norm_act(x, first, x2, second, act, op, backward_op)
+
+
+def _batch_norm_add_batch_norm_act(
+    x: Tensor, first: tuple[Any, ...], x2: Tensor, second: tuple[Any, ...], act: str | None, op: Any, backward_op: Any
+) -> Tensor:
+    """The fused op, or its Function where a gradient will be wanted."""
+    _check_statistics(first[5], *first[2:4], *second[2:4])
+    _check_statistics(second[5])
     x = dense(x)
     x2 = laid_out_like(x2, x)
     arguments = (x, *first, x2, *second, act == "relu")
-    if not _requires_grad(x, weight, bias, x2, weight2, bias2):
+    saved = (*first[:2], x2, *second[:2])
+    if not _requires_grad(x, *saved):
         return op(*arguments)[0]
-    check_not_inference({"x": x, "weight": weight, "bias": bias, "x2": x2, "weight2": weight2, "bias2": bias2})
-    backward_op = registry.serve(BATCH_NORM_ADD_BATCH_NORM_ACT_BACKWARD, x)
+    if not torch.compiler.is_compiling():
+        _check_saved(x, *saved)
     return BatchNormAddBatchNormActFunction.apply(*arguments, op, backward_op)
 
 
@@ -307,8 +382,6 @@ def batch_norm_act_max_pool(
             act=act,
             num_batches_tracked=num_batches_tracked,
         )
-    check_act(act)
-    check_batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     kernel = pair("kernel_size", kernel_size)
     window = (
         kernel,
@@ -316,19 +389,42 @@ def batch_norm_act_max_pool(
         pair("padding", padding),
         pair("dilation", dilation),
     )
-    check_max_pool(x, *window, ceil_mode)
     norm = (weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
-    op = None if _is_traced() or x.numel() == 0 else registry.serve(BATCH_NORM_ACT_MAX_POOL, x)
-    if op is None or (x.numel() < _SMALL and not registry.forced()):
+    try:
+        if _natively(BATCH_NORM_ACT_MAX_POOL, x, act):
+            return _batch_norm_act_max_pool(
+                x, norm, act, (*window, ceil_mode), BATCH_NORM_ACT_MAX_POOL.cpu, BATCH_NORM_ACT_MAX_POOL_BACKWARD.cpu
+            )
+    except _REFUSED:
+        pass
+
+    check_act(act)
+    check_batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    check_max_pool(x, *window, ceil_mode)
+    op = registry.serve(BATCH_NORM_ACT_MAX_POOL, x)
+    # Windows that the kernels cannot number, or that may lie in the padding altogether.
+    unfusable = kernel[0] * kernel[1] > _MOST_TAPS or x.size(2) < window[3][0] or x.size(3) < window[3][1]
+    if op is None or unfusable or _is_traced() or x.numel() == 0:
         check_not_inference({"x": x, "weight": weight})
         return F.max_pool2d(_activated(eager_batch_norm(x, *norm), act), *window, ceil_mode)
 
-    x = dense(x)
-    if not _requires_grad(x, weight, bias):
-        return op(x, *norm, act == "relu", *window, ceil_mode)[0]
     check_not_inference({"x": x, "weight": weight, "bias": bias})
     backward_op = registry.serve(BATCH_NORM_ACT_MAX_POOL_BACKWARD, x)
-    return BatchNormActMaxPoolFunction.apply(x, *norm, act == "relu", (*window, ceil_mode), op, backward_op)
+    return _batch_norm_act_max_pool(x, norm, act, (*window, ceil_mode), op, backward_op)
+
+
+def _batch_norm_act_max_pool(
+    x: Tensor, norm: tuple[Any, ...], act: str | None, window: tuple[Any, ...], op: Any, backward_op: Any
+) -> Tensor:
+    """The fused op, or its Function where a gradient will be wanted."""
+    weight, bias, running_mean, running_var, _, training = norm[:6]
+    _check_statistics(training, running_mean, running_var)
+    x = dense(x)
+    if not _requires_grad(x, weight, bias):
+        return op(x, *norm, act == "relu", *window)[0]
+    if not torch.compiler.is_compiling():
+        _check_saved(x, weight, bias)
+    return BatchNormActMaxPoolFunction.apply(x, *norm, act == "relu", window, op, backward_op)
 
 
 def add_act(x: Tensor, residual: Tensor, *, act: str | None = "relu") -> Tensor:
@@ -346,6 +442,9 @@ def add_act(x: Tensor, residual: Tensor, *, act: str | None = "relu") -> Tensor:
         TypeError: an argument that is not a tensor. ValueError: ``act``. RuntimeError: shapes that do not broadcast,
         different devices, bool. NotImplementedError: complex or sparse tensors.
     """
+    if type(x) is Tensor and type(residual) is Tensor and act == "relu" and not registry.forced():
+        if x.numel() < _SMALL_ADD and x.dtype == residual.dtype and x.shape == residual.shape and x.is_floating_point():
+            return (x + residual).relu_()
     if has_torch_function((x, residual)):
         return handle_torch_function(add_act, (x, residual), x, residual, act=act)
     check_act(act)
@@ -375,14 +474,11 @@ def _fused_add(x: Any, residual: Any, act: str | None) -> Any:
         return None
     if x.layout != torch.strided or residual.layout != torch.strided or not x.is_floating_point():
         return None
-    if x.stride() != residual.stride() or not torch.ops.aten.is_non_overlapping_and_dense(x):
-        return None
-    try:
-        check_floating("x", x)
-    except NotImplementedError:
+    is_dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    if x.stride() != residual.stride() or not is_dense:
         return None
     op = registry.serve(ADD_ACT, x)
-    return op if registry.forced() or x.numel() >= _SMALL else None
+    return op if registry.forced() or x.numel() >= _SMALL_ADD else None
 
 
 def conv_bn_act(
@@ -418,6 +514,9 @@ def conv_bn_act(
     Raises:
         As :func:`torch.nn.functional.conv2d` and :func:`batch_norm_act`.
     """
+    check_tensor("x", x)
+    check_tensor("conv_weight", conv_weight)
+    check_tensor("conv_bias", conv_bias, optional=True)
     y = F.conv2d(x, conv_weight, conv_bias, stride, padding, dilation, groups)
     return batch_norm_act(
         y,

@@ -5,6 +5,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <initializer_list>
 #include <optional>
 
 namespace fusedres {
@@ -23,16 +24,21 @@ inline void check_same_layout(const char* name, const Tensor& t, const Tensor& x
   STD_TORCH_CHECK(same, name, " must have the shape, dtype and strides of x");
 }
 
-// A vector with one value per channel, in the dtype of x or, for 16-bit x, in float32.
-inline void check_channel_vector(const char* name, const OptionalTensor& v, const Tensor& x, int64_t channels) {
-  if (!v) return;
-  STD_TORCH_CHECK(v->dim() == 1 && v->numel() == channels, name, " must have one element per channel");
-  const ScalarType dtype = v->scalar_type();
-  STD_TORCH_CHECK(
-      dtype == x.scalar_type() || (is_low_precision(x.scalar_type()) && dtype == ScalarType::Float),
-      name,
-      " has a dtype that does not go with that of x");
-  STD_TORCH_CHECK(v->is_cpu() == x.is_cpu(), name, " must be on the device of x");
+// Vectors with one value per channel: all in the dtype of x or, for 16-bit x, all in float32.
+inline void check_channel_vectors(std::initializer_list<const OptionalTensor*> vectors, const Tensor& x, int64_t channels) {
+  std::optional<ScalarType> first;
+  for (const OptionalTensor* v : vectors) {
+    if (!*v) continue;
+    const Tensor& t = **v;
+    STD_TORCH_CHECK(t.dim() == 1 && t.numel() == channels, "statistics and parameters must have one element per channel");
+    const ScalarType dtype = t.scalar_type();
+    if (!first) first = dtype;
+    STD_TORCH_CHECK(
+        dtype == *first &&
+            (dtype == x.scalar_type() || (is_low_precision(x.scalar_type()) && dtype == ScalarType::Float)),
+        "statistics and parameters have dtypes that do not go with that of x");
+    STD_TORCH_CHECK(t.is_cpu() == x.is_cpu(), "statistics and parameters must be on the device of x");
+  }
 }
 
 }  // namespace fusedres

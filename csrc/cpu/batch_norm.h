@@ -92,10 +92,7 @@ struct NormArguments {
 
 inline void check_norm(const NormArguments& a, const Tensor& x, const Layout4d& layout) {
   const int64_t channels = layout.channels;
-  check_channel_vector("weight", a.weight, x, channels);
-  check_channel_vector("bias", a.bias, x, channels);
-  check_channel_vector("running_mean", a.running_mean, x, channels);
-  check_channel_vector("running_var", a.running_var, x, channels);
+  check_channel_vectors({&a.weight, &a.bias, &a.running_mean, &a.running_var}, x, channels);
   STD_TORCH_CHECK(layout.numel() > 0, "x must not be empty");
   if (a.training) {
     STD_TORCH_CHECK(layout.pixels() > 1, "training needs more than one value per channel");

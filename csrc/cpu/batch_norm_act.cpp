@@ -560,8 +560,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_cpu(
     bool relu, bool need_dx, bool need_dresidual, bool need_affine) {
   const Layout4d layout = layout_of(x);
   check_same_layout("dy", dy, x);
-  check_channel_vector("weight", weight, x, layout.channels);
-  check_channel_vector("bias", bias, x, layout.channels);
+  check_channel_vectors({&weight, &bias}, x, layout.channels);
   STD_TORCH_CHECK(stats.numel() == 3 * layout.channels, "stats must have shape (3, C)");
   STD_TORCH_CHECK(!mask || mask->numel() == mask_bytes(layout), "mask does not belong to x");
   Tensor dx = wanted_like(need_dx, x);
@@ -633,9 +632,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_batch_
   const Layout4d layout = layout_of(x);
   check_same_layout("dy", dy, x);
   check_same_layout("x2", x2, x);
-  for (const auto& [name, v] : {std::pair{"weight", &weight}, {"bias", &bias}, {"weight2", &weight2}, {"bias2", &bias2}}) {
-    check_channel_vector(name, *v, x, layout.channels);
-  }
+  check_channel_vectors({&weight, &bias}, x, layout.channels);
+  check_channel_vectors({&weight2, &bias2}, x, layout.channels);
   STD_TORCH_CHECK(
       stats.numel() == 3 * layout.channels && stats2.numel() == stats.numel(), "stats must have shape (3, C)");
   Tensor dx = wanted_like(need_dx, x);

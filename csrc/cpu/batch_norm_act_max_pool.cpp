@@ -61,7 +61,7 @@ class RowRing {
 
   // Makes rows [begin, end) of image n available, if they are not already.
   FUSEDRES_INLINE void need(int64_t n, int64_t begin, int64_t end) {
-    if (n != image_ || begin > filled_) filled_ = begin;
+    if (n != image_ || begin < first_ || begin > filled_) first_ = filled_ = begin;
     image_ = n;
     for (; filled_ < end; ++filled_) fill(filled_);
   }
@@ -88,7 +88,7 @@ class RowRing {
   const int64_t channels_;
   S* const memory_;
   int64_t image_ = -1;
-  int64_t filled_ = 0;
+  int64_t first_ = 0, filled_ = 0;
 };
 
 template <class T>
@@ -265,10 +265,10 @@ class PlaneRing {
   FUSEDRES_INLINE const S* centred_row(int64_t ih) const { return row(ih) + p_.span_h() * width_; }
   FUSEDRES_INLINE void start(int64_t plane) {
     plane_ = plane;
-    filled_ = 0;
+    first_ = filled_ = 0;
   }
   FUSEDRES_INLINE void need(int64_t begin, int64_t end) {
-    if (begin > filled_) filled_ = begin;
+    if (begin < first_ || begin > filled_) first_ = filled_ = begin;
     for (; filled_ < end; ++filled_) fill(filled_);
   }
 
@@ -293,7 +293,7 @@ class PlaneRing {
   const int64_t width_;
   S* const memory_;
   int64_t plane_ = 0;
-  int64_t filled_ = 0;
+  int64_t first_ = 0, filled_ = 0;
 };
 
 // Walks the windows of one output row tap by tap: f(ow, value, kernel position, input column) for ow in [begin, end) with the
@@ -507,6 +507,7 @@ Pooling pooling_of(
             stride[0], stride[1], pad[0], pad[1], dilation[0], dilation[1]};
   p.out_height = pooled_size(p.height, p.kernel_h, p.stride_h, p.pad_h, p.dilation_h, ceil_mode);
   p.out_width = pooled_size(p.width, p.kernel_w, p.stride_w, p.pad_w, p.dilation_w, ceil_mode);
+  STD_TORCH_CHECK(p.height >= p.dilation_h && p.width >= p.dilation_w, "windows may not lie in the padding altogether");
   return p;
 }
 
@@ -568,8 +569,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_max_pool_backward_cpu(
   bool same = dy.scalar_type() == x.scalar_type() && given.numel() == pooled.numel();
   for (int d = 0; d < 4; ++d) same = same && dy.size(d) == sizes[d] && (sizes[d] == 1 || dy.stride(d) == strides[d]);
   STD_TORCH_CHECK(same, "dy must have the shape and strides of the output, and the dtype of x");
-  check_channel_vector("weight", weight, x, layout.channels);
-  check_channel_vector("bias", bias, x, layout.channels);
+  check_channel_vectors({&weight, &bias}, x, layout.channels);
   STD_TORCH_CHECK(stats.numel() == 3 * layout.channels, "stats must have shape (3, C)");
   Tensor dx = wanted_like(need_dx, x);
   Tensor dweight = wanted_parameter_gradient(need_affine, weight, stats);

@@ -22,7 +22,7 @@ template <class Scalar>
 constexpr int kTogether = 1;
 #endif
 
-constexpr int64_t kTileRows = 128;      // rows summed in the compute type before they are added to the double sums
+constexpr int64_t kTileRows = 64;       // rows summed in the compute type before they are added to the double sums
 constexpr int64_t kColumnChunk = 512;   // columns whose running sums stay in L1
 constexpr int64_t kPlaneGroup = 16;     // channels whose running sums are kept together
 constexpr int64_t kFlushVectors = 128;  // vectors summed in the compute type, per channel of a plane walk
@@ -118,13 +118,14 @@ FUSEDRES_INLINE void reduce_rows(
       for (; r + kRows <= full_end; r += kRows) {
         for (int64_t c = chunk; c < end; c += kLanes) {
           const auto p = body.column_params(c);
-          Vec s[K];
-          for (int k = 0; k < K; ++k) s[k] = load(tile[k] + c - chunk);
+          // Even and odd rows are summed apart and then added to the tile's sums: short chains of roundings.
+          Vec s[2][K];
+          for (int k = 0; k < K; ++k) s[0][k] = s[1][k] = broadcast(Scalar(0));
           for (int u = 0; u < kRows; ++u) {
             const int64_t i = (r + u) * rows.width + c;
-            body.template accumulate<true>(p, s, i, i / kLanes, kLanes);
+            body.template accumulate<true>(p, s[u % 2], i, i / kLanes, kLanes);
           }
-          for (int k = 0; k < K; ++k) store(tile[k] + c - chunk, s[k]);
+          for (int k = 0; k < K; ++k) add_to(tile[k] + c - chunk, s[0][k] + s[1][k]);
         }
       }
       for (; r < tile_end; ++r) {

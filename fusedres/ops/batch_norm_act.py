@@ -54,6 +54,7 @@ def _reference_statistics(
     if training:
         x64 = x.double()
         mean = x64.mean(_DIMS)
+        mean = mean + (x64 - _per_channel(mean)).mean(_DIMS)  # exact for a constant channel
         var = (x64 - _per_channel(mean)).square().mean(_DIMS)
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
@@ -334,7 +335,8 @@ def eager_batch_norm(
     """``F.batch_norm`` and the counter of ``nn.BatchNorm2d``; the cumulative average without a host synchronisation."""
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    if momentum is not None or not training or running_mean is None or running_var is None:
+    by_count = training and momentum is None and running_mean is not None and x.numel() > 0
+    if not by_count:
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum or 0.0, eps)
     mean, var = torch.zeros_like(running_mean), torch.zeros_like(running_var)
     y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)
@@ -350,6 +352,8 @@ def _differentiable_backward(
     """dx, dweight, dbias from ATen ops that autograd can differentiate again; used under ``create_graph``."""
     mean, rstd, mean_low = stats.unbind()
     if training:
+        if weight is None:  # ATen's own double backward needs one
+            weight = torch.ones_like(mean)
         return torch.ops.aten.native_batch_norm_backward(
             g, x, weight, None, None, mean + mean_low, rstd, True, eps, [True, True, True]
         )

@@ -30,6 +30,11 @@ def check_act(act: Any) -> None:
         raise ValueError(f'act must be "relu" or None, but got {act!r}')
 
 
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be bool, but got {_name(value)}")
+
+
 def check_real_number(name: str, value: Any) -> None:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a float, but got {_name(value)}")
@@ -70,6 +75,7 @@ def check_batch_norm(
     vectors = {**statistics, weight_name: weight, bias_name: bias}
     for name, value in {**vectors, counter_name: num_batches_tracked}.items():
         check_tensor(name, value, optional=True)
+    check_bool(f"training{suffix}", training)
     check_real_number(f"eps{suffix}", eps)
     if momentum is not None or num_batches_tracked is None:
         check_real_number(f"momentum{suffix}", momentum)
@@ -125,6 +131,8 @@ def check_batch_norm(
 
 def check_not_inference(named: dict[str, Tensor | None]) -> None:
     """Refuse inference tensors where autograd would have to save them."""
+    if torch.compiler.is_compiling():  # there are none in a traced graph
+        return
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in named.values()):
         for name, value in named.items():
             if value is not None and value.is_inference():
@@ -142,6 +150,8 @@ def check_addend(name: str, addend: Any, x: Tensor) -> None:
         raise NotImplementedError(f"{name} must be a dense strided tensor, but got {addend.layout}")
     if addend.is_complex():
         raise NotImplementedError(f"{name} must be real, but got {addend.dtype}")
+    if x.shape == addend.shape:
+        return
     try:
         torch.broadcast_shapes(x.shape, addend.shape)
     except RuntimeError:
@@ -204,5 +214,6 @@ def check_max_pool(
     ]
     if min(out) < 1:
         raise RuntimeError(
-            f"x of shape {tuple(x.shape)} is too small for kernel_size={kernel}: the output size would be {tuple(out)}"
+            f"x of shape {tuple(x.shape)} is too small for kernel_size={kernel} with padding={padding} and "
+            f"dilation={dilation}: the output size would be {tuple(out)}"
         )

@@ -208,6 +208,11 @@ def forced() -> bool:
     return _forced is not None
 
 
+def forced_elsewhere(name: str) -> bool:
+    """Whether the user named another backend than ``name``."""
+    return _forced is not None and _forced != name
+
+
 def served_by(op: Op, device: str) -> dict[str, str]:
     """For ``info()``: who serves ``op`` on ``device`` ("cpu" or "cuda"), and why nothing better does."""
     candidates = (("cpu", op.cpu),) if device == "cpu" else (("cuda", op.cuda), ("triton", op.triton))
