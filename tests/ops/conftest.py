@@ -1,6 +1,7 @@
 """Backends and calls that the op tests run over.
 
-`backend`: every backend that this machine can run on a CPU, and "auto".
+`backend`: every backend that this machine can run on a CPU, forced; `any_backend`: those and "auto"; `kernel`: the C++
+kernels, or the reference where there are none.
 `call`: every op with its flags, on small float64 tensors.
 """
 
@@ -21,9 +22,9 @@ from fusedres import verification
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 AVAILABLE = verification.backends("cpu")
-BACKENDS = [name for name in AVAILABLE if AVAILABLE[name] is None]
-if os.environ.get("FUSEDRES_REQUIRE_EXT") == "1" and "cpu" not in BACKENDS:
-    BACKENDS.append("cpu")  # its tests fail and say why
+FORCED = [name for name in AVAILABLE if AVAILABLE[name] is None and name != "auto"]
+if os.environ.get("FUSEDRES_REQUIRE_EXT") == "1" and "cpu" not in FORCED:
+    FORCED.append("cpu")  # its tests fail and say why
 
 
 @dataclass
@@ -108,25 +109,31 @@ MAIN_CALLS = ("bn-train", "bn-eval", "bn-train-residual", "bn2-train", "pool-tra
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = metafunc.fixturenames
-    if "call" in names:  # the forced backends take every call, "auto" the main ones
-        pairs = [(b, c) for b in BACKENDS for c in CALLS if b != "auto" or c.name in MAIN_CALLS]
-        ids = [f"{b}-{c.name}" for b, c in pairs]
-        if "backend" in names:
-            metafunc.parametrize(("backend", "call"), pairs, ids=ids, indirect=["backend"])
-        else:
-            metafunc.parametrize("call", CALLS, ids=[c.name for c in CALLS])
-        return
-    if "backend" in names:
-        metafunc.parametrize("backend", BACKENDS, indirect=True)
+    if "call" in names and "backend" in names:  # "auto" takes the main calls
+        pairs = [(b, c) for b in FORCED for c in CALLS]
+        pairs += [("auto", c) for c in CALLS if c.name in MAIN_CALLS]
+        metafunc.parametrize(("backend", "call"), pairs, ids=[f"{b}-{c.name}" for b, c in pairs], indirect=["backend"])
+    elif "call" in names:
+        metafunc.parametrize("call", CALLS, ids=[c.name for c in CALLS])
+    elif "any_backend" in names:
+        metafunc.parametrize("any_backend", [*FORCED, "auto"], indirect=True)
+    elif "kernel" in names:
+        metafunc.parametrize("kernel", FORCED[-1:], indirect=True)
+    elif "backend" in names:
+        metafunc.parametrize("backend", FORCED, indirect=True)
     if "main_call" in names:
         metafunc.parametrize("main_call", [c for c in CALLS if c.name in MAIN_CALLS], ids=MAIN_CALLS)
 
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest):
-    """The test runs with this backend forced."""
+    """The test runs with each forced backend of this machine."""
     with fusedres.use_backend(request.param):
         yield request.param
+
+
+any_backend = backend  # and with "auto"
+kernel = backend  # only with the C++ kernels, or the reference where there are none
 
 
 @pytest.fixture

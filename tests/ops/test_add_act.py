@@ -11,8 +11,8 @@ from fusedres.verification import Case
 
 
 @pytest.mark.parametrize("case", verification.cases("add_act"), ids=lambda c: c.name)
-def test_rule(case: Case, backend: str) -> None:
-    assert not verification.failures(case, backend)
+def test_rule(case: Case, any_backend: str) -> None:
+    assert not verification.failures(case, any_backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

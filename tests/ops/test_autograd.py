@@ -320,8 +320,11 @@ def test_autocast(dtype, residual_dtype, x_dtype, backend, norm_arguments) -> No
         results.append([out, *arguments[:2], *torch.autograd.grad(out, leaves, dy)])
     for mine, theirs in zip(*results, strict=True):
         assert mine.dtype == theirs.dtype
-        far = (mine - theirs).abs() > 0.2 + 0.02 * theirs.abs()
-        assert far.double().mean() < 0.01  # a mask may differ where a pre-activation rounds to zero
+        if mine.dim() == 4:
+            far = (mine - theirs).abs() > 0.2 + 0.02 * theirs.abs()
+            assert far.double().mean() < 0.01  # a mask may differ where a pre-activation rounds to zero
+        else:
+            torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=4.0)  # and then one dy is or is not in a sum
 
 
 def test_autocast_of_the_other_ops(main_call, backend) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 
 @pytest.mark.parametrize("case", verification.cases("batch_norm_act"), ids=lambda c: c.name)
-def test_rule(case: Case, backend: str) -> None:
-    assert not verification.failures(case, backend)
+def test_rule(case: Case, any_backend: str) -> None:
+    assert not verification.failures(case, any_backend)
 
 
 WIDTHS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 47, 48, 49, 63, 64, 65, 96, 127, 128, 129, 511, 513, 1030]
@@ -27,29 +28,29 @@ WIDTHS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 47, 48, 49, 63, 64
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_tails(width: int, layout: str, dtype: str, backend: str) -> None:
+def test_tails(width: int, layout: str, dtype: str, kernel: str) -> None:
     """Every remainder of a vector, an unrolled loop and a tile, along the channels and along the rows."""
-    for shape in ((3, width, 1, 5), (2, 3, 1, width), (5, 2, width, 3)):
-        for residual in (None, layout):
-            case = Case("batch_norm_act", shape=shape, dtype=dtype, layout=layout, residual=residual)
-            assert not verification.failures(case, backend), case.name
+    shapes = ((3, width, 1, 5), (2, width, 1, 2), (2, 3, 1, width + 1), (5, 2, width, 3), (1, width, 4, 5))
+    cases = [Case("batch_norm_act", shape=shape, dtype=dtype, layout=layout) for shape in shapes]
+    assert not verification.pooled_failures(cases, kernel)
+    assert not verification.pooled_failures([replace(c, residual=layout) for c in cases], kernel)
+    assert not verification.pooled_failures([replace(c, distribution="large_mean") for c in cases], kernel)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f16", "f64", "all-bf16", "all-f16"])
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("channels", range(1, 140))
-def test_every_channel_count(channels: int, layout: str, dtype: str, backend: str) -> None:
-    for height, residual, training in itertools.product((1, 3, 6), (None, layout), (True, False)):
-        case = Case(
-            "batch_norm_act",
-            shape=(2, channels, height, 11),
-            dtype=dtype,
-            layout=layout,
-            residual=residual,
-            training=training,
-        )
-        assert not verification.failures(case, backend), case.name
+def test_every_channel_count(channels: int, layout: str, dtype: str, kernel: str) -> None:
+    base = Case("batch_norm_act", shape=(2, channels, 1, 11), dtype=dtype, layout=layout)
+    for residual, training in itertools.product((None, layout), (True, False)):
+        cases = [
+            replace(base, shape=(2, channels, h, w), residual=residual, training=training)
+            for h in (1, 3, 6)
+            for w in (2, 11)
+        ]
+        assert not verification.pooled_failures(cases, kernel)
+        assert not verification.pooled_failures([replace(c, distribution="large_mean") for c in cases], kernel)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f64"])
@@ -65,7 +66,8 @@ def test_one_row_holds_the_outlier(layout: str, dtype: str, backend: str) -> Non
         nn.functional.batch_norm(x.double(), *theirs, training=True, momentum=1.0)
         mine = [m.to(Case("", dtype=dtype).param_dtype) for m in mine]
         F.batch_norm_act(x, *mine, training=True, momentum=1.0)
-        torch.testing.assert_close(mine[0].double(), theirs[0], rtol=1e-6, atol=1e-7)
+        deviation = theirs[1].sqrt().max().item()
+        torch.testing.assert_close(mine[0].double(), theirs[0], rtol=0, atol=3e-7 * deviation)
         torch.testing.assert_close(mine[1].double(), theirs[1], rtol=2e-6, atol=0)
 
 

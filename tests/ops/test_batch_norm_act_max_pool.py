@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,17 +17,18 @@ FORMATS = ("contiguous", "channels_last")
 
 
 @pytest.mark.parametrize("case", verification.cases("batch_norm_act_max_pool"), ids=lambda c: c.name)
-def test_rule(case: Case, backend: str) -> None:
-    assert not verification.failures(case, backend)
+def test_rule(case: Case, any_backend: str) -> None:
+    assert not verification.failures(case, any_backend)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("width", [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 34, 63, 65, 66, 129])
-def test_tails(width: int, layout: str, dtype: str, backend: str) -> None:
-    for shape in ((2, width, 5, 4), (1, 2, 3, width + 3), (2, 3, width + 2, 3)):
-        case = Case("batch_norm_act_max_pool", shape=shape, dtype=dtype, layout=layout)
-        assert not verification.failures(case, backend), case.name
+def test_tails(width: int, layout: str, dtype: str, kernel: str) -> None:
+    shapes = ((2, width, 5, 4), (1, width, 2, 3), (1, 2, 3, width + 3), (2, 3, width + 2, 3))
+    cases = [Case("batch_norm_act_max_pool", shape=shape, dtype=dtype, layout=layout) for shape in shapes]
+    assert not verification.pooled_failures(cases, kernel)
+    assert not verification.pooled_failures([replace(c, distribution="large_mean") for c in cases], kernel)
 
 
 def _both(x, window, training=True, act="relu", dy=None, weight=None, bias=None):

@@ -13,8 +13,8 @@ from fusedres.verification import Case
 
 
 @pytest.mark.parametrize("case", verification.cases("conv_bn_act"), ids=lambda c: c.name)
-def test_rule(case: Case, backend: str) -> None:
-    assert not verification.failures(case, backend)
+def test_rule(case: Case, any_backend: str) -> None:
+    assert not verification.failures(case, any_backend)
 
 
 CONVOLUTIONS = [

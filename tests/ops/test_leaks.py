@@ -59,7 +59,6 @@ def test_resident_set_is_flat_when_calls_fail(backend) -> None:
 @pytest.mark.parametrize("name", ["forward only", "backward", "double backward", "error"])
 def test_nothing_keeps_tensors_alive(main_call, name, backend) -> None:
     """No reference cycle and no cache holds the input once the result is gone, without the garbage collector."""
-    gc.collect()
     gc.disable()
     try:
         tensors = main_call.tensors()

@@ -210,6 +210,6 @@ def test_command_refuses_what_is_not_there(capsys) -> None:
 
 
 @pytest.mark.parametrize("op", verification.BLOCKS)
-def test_blocks(op, backend) -> None:
-    for case in verification.cases(op, quick=backend == "auto"):
-        assert not verification.failures(case, backend), case.name
+def test_blocks(op, any_backend) -> None:
+    for case in verification.cases(op, quick=any_backend == "auto"):
+        assert not verification.failures(case, any_backend), case.name
