@@ -181,7 +181,10 @@ FUSEDRES_INLINE MaskF32 not_below_or_equal(F32 a, F32 b) { return {_mm512_cmp_ps
 FUSEDRES_INLINE MaskF32 greater_or_nan(F32 a, F32 b) {
   return {static_cast<__mmask16>(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) | _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q))};
 }
-FUSEDRES_INLINE F32 keep(MaskF32 m, F32 a) { return {_mm512_maskz_mov_ps(m.m, a.v)}; }
+FUSEDRES_INLINE F32 keep(MaskF32 m, F32 a) {
+  asm("" : "+v"(a.v));  // or the compiler makes a masked load of it, which runs at half the speed from memory
+  return {_mm512_maskz_mov_ps(m.m, a.v)};
+}
 FUSEDRES_INLINE F32 blend(MaskF32 m, F32 yes, F32 no) { return {_mm512_mask_mov_ps(no.v, m.m, yes.v)}; }
 FUSEDRES_INLINE uint16_t bits(MaskF32 m) { return m.m; }
 FUSEDRES_INLINE MaskF32 mask_from_bits(uint16_t b, F32) { return {b}; }
