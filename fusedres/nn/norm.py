@@ -98,24 +98,26 @@ def has_hooks(module: nn.Module) -> bool:
     return any(state[name] for name in _HOOKS) or "forward" in state
 
 
-def _no_global_hooks() -> bool:
+def _may_fuse(x: Tensor) -> bool:
+    """Whether nothing wants to see the modules called: no global hooks, no symbolic trace (which would freeze `training`)."""
     module = torch.nn.modules.module
     return not (
-        module._global_forward_hooks
+        isinstance(x, torch.fx.Proxy)
+        or module._global_forward_hooks
         or module._global_forward_pre_hooks
         or module._global_backward_hooks
         or module._global_backward_pre_hooks
     )
 
 
-def is_fusable(norm: nn.Module) -> bool:
+def is_fusable(norm: nn.Module, relu_follows: bool = False) -> bool:
     """Whether ``norm`` is exactly a batch normalisation whose forward a fused op can stand in for at this call.
 
-    A subclass may compute anything; parametrizations are subclasses too.
+    A subclass may compute anything; parametrizations are subclasses too. A ReLU of its own only fits where one follows.
     """
     kind = type(norm)
     if kind is BatchNormAct2d:
-        return norm.act is None and not has_hooks(norm)
+        return (norm.act is None or relu_follows) and not has_hooks(norm)
     return kind is nn.BatchNorm2d and not has_hooks(norm)
 
 
@@ -130,9 +132,9 @@ def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, act: nn
     Args:
         norm: any normalisation. act: any activation module, or None.
     """
-    if is_fusable(norm) and (act is None or is_plain_relu(act)) and _no_global_hooks():
-        if not isinstance(x, torch.fx.Proxy):
-            _check_four_dimensional(x)
+    relu_follows = act is not None and residual is None
+    if is_fusable(norm, relu_follows) and (act is None or is_plain_relu(act)) and _may_fuse(x):
+        _check_four_dimensional(x)
         positional, keywords = _statistics(norm)
         return fused.batch_norm_act(x, *positional, residual, **keywords, act=None if act is None else "relu")
     y = norm(x)
@@ -143,7 +145,8 @@ def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, act: nn
 
 def norm_add_norm_act(norm: nn.Module, x: Tensor, norm2: nn.Module, x2: Tensor, act: nn.Module | None = None) -> Tensor:
     """``act(norm(x) + norm2(x2))``: one fused op where the modules allow it, else the modules' own forwards."""
-    if is_fusable(norm) and is_fusable(norm2) and (act is None or is_plain_relu(act)) and _no_global_hooks():
+    if is_fusable(norm) and is_fusable(norm2) and (act is None or is_plain_relu(act)) and _may_fuse(x):
+        _check_four_dimensional(x)
         positional, first = _statistics(norm)
         positional2, second = _statistics(norm2)
         return fused.batch_norm_add_batch_norm_act(
@@ -161,7 +164,8 @@ def norm_add_norm_act(norm: nn.Module, x: Tensor, norm2: nn.Module, x2: Tensor, 
 def norm_act_max_pool(norm: nn.Module, x: Tensor, pool: nn.Module, act: nn.Module | None = None) -> Tensor:
     """``pool(act(norm(x)))``: one fused op where the modules allow it, else the modules' own forwards."""
     fusable = type(pool) is nn.MaxPool2d and not pool.return_indices and not has_hooks(pool)
-    if fusable and is_fusable(norm) and (act is None or is_plain_relu(act)) and _no_global_hooks():
+    if fusable and is_fusable(norm, act is not None) and (act is None or is_plain_relu(act)) and _may_fuse(x):
+        _check_four_dimensional(x)
         positional, keywords = _statistics(norm)
         return fused.batch_norm_act_max_pool(
             x,
