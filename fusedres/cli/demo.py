@@ -103,9 +103,11 @@ def render(result: dict[str, Any]) -> str:
     ]
     deviation = result["loss_deviation"]
     threads = result["threads"]
-    place = f"{result['device']}, {threads} thread{'s' if threads > 1 else ''}, {result['cpu_capability']}"
+    place = f"{result['device']}, {result['cpu_capability']}, {threads} thread{'s' if threads > 1 else ''}"
     if result["device_type"] == "cuda":
         place = result["device"]
+    elif threads < result["threads_offered"]:
+        place += f" of {result['threads_offered']} (the machine is busy: fewer are faster)"
     served = [
         f"{name}: {by['served_by']} ({by['why']})" for name, by in result["served"].items() if "backward" not in name
     ]

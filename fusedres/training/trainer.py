@@ -227,6 +227,7 @@ class Trainer:
                 )
                 show.line(f"epoch {self.epoch:>{len(str(self.config.epochs))}}/{self.config.epochs}   {status}")
 
+                show.update(bar, self.epoch * steps, "")
                 self.accuracy = score.accuracy
                 best = score.accuracy > self.best_accuracy
                 self.best_accuracy = max(score.accuracy, self.best_accuracy)
