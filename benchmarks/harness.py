@@ -4,6 +4,8 @@ How a ratio is made here:
 
 - **One process, alternating.** Every round times each candidate once, in an order that rotates from round to round, so
   drift (frequency, a neighbour's memory traffic) hits all of them alike.
+- **Each in its own steady state.** A sample starts with a call that is not counted, so that nobody pays for the cache
+  lines that its rival evicted.
 - **The process's CPU clock** by default: page faults count, waiting for a busy machine does not.
 - **Ratio of medians**, with a 95 % bootstrap interval over rounds (resampled whole, so that the pairing survives).
 - **Memory regime stated.** "recycled": glibc keeps freed memory in the process, as `fusedres.reuse_host_memory()` does,
@@ -160,7 +162,8 @@ def compare(
 
     A round calls each candidate as often as makes one sample last `min_sample_seconds` (the same number for all). After
     `min_rounds` rounds it stops when every ratio's interval is within +-`precision`, at `max_rounds`, or after
-    `max_seconds` of wall time. `before` runs untimed ahead of every sample (to evict caches).
+    `max_seconds` of wall time. `before` runs untimed ahead of every sample (to evict caches) instead of the call that is
+    not counted.
     """
     if baseline not in candidates:
         raise ValueError(f"baseline {baseline!r} is not among {list(candidates)}")
@@ -189,6 +192,8 @@ def compare(
             for name in names[turn:] + names[:turn]:
                 if before is not None:
                     before()
+                else:
+                    _measure(pipelines[name], 1, now)  # not counted: it leaves the caches as this candidate leaves them
                 stages, faults = _measure(pipelines[name], calls, now)
                 timing = timings[name]
                 timing.seconds.append(sum(stages))
@@ -242,7 +247,7 @@ class CacheEvictor:
         self._buffer = torch.zeros(nbytes // 4)
 
     def __call__(self) -> None:
-        self._buffer.add_(1.0)
+        self._buffer.sum()  # reads only: lines written here would have to be written back on the candidate's time
 
 
 def geometric_mean(values: Sequence[float]) -> float:
