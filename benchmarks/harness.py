@@ -162,8 +162,8 @@ def compare(
 
     A round calls each candidate as often as makes one sample last `min_sample_seconds` (the same number for all). After
     `min_rounds` rounds it stops when every ratio's interval is within +-`precision`, at `max_rounds`, or after
-    `max_seconds` of wall time. `before` runs untimed ahead of every sample (to evict caches) instead of the call that is
-    not counted.
+    `max_seconds` of wall time. `before` (to evict caches) runs ahead of every sample instead of the call that is not
+    counted.
     """
     if baseline not in candidates:
         raise ValueError(f"baseline {baseline!r} is not among {list(candidates)}")
