@@ -7,6 +7,7 @@ Writes last.pt, best.pt, epochs.csv and steps.csv to the folder given by --out. 
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from ..training.config import ConfigError, TrainConfig, resumed
@@ -80,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
         return 0 if outcome.signal is None else 128 + outcome.signal
     if outcome.signal is not None:
         saved = f"{outcome.signal.name}: saved {config.folder / 'last.pt'}"
-        print(f"\n{saved}; go on with: fusedres train --out {config.out} --resume")
+        launcher = "torchrun ... -m " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"\n{saved}; go on with: {launcher}fusedres train --out {config.out} --resume")
         return 128 + outcome.signal
     accuracy = f"test accuracy {outcome.accuracy:.2%} (best {outcome.best_accuracy:.2%})"
     print(f"{accuracy}, in {config.out}: last.pt best.pt epochs.csv steps.csv")

@@ -154,6 +154,7 @@ def compare(
 ) -> dict[str, Any]:
     """Train both ways and measure; the result is ready for JSON. May lower the number of threads, and says so."""
     not_reused = reuse_host_memory() if device.type == "cpu" else "PyTorch keeps the memory of a GPU by itself"
+    torch.backends.cudnn.benchmark = True  # the shapes are the same in every step
     torch.manual_seed(config.seed)
     steps = data.steps_per_epoch
     model = build_model(config.model, num_classes=len(data.classes), in_channels=data.channels)

@@ -54,15 +54,21 @@ def serving_summary(device: torch.device, *, fused: bool) -> str:
 
 
 class Interrupt:
-    """Notes SIGINT and SIGTERM, so that the loop can end between two steps; a second one acts at once."""
+    """Notes SIGINT and SIGTERM, so that the loop can end between two steps; another one, later, acts at once."""
+
+    same_key = 1.0  # seconds: under torchrun one Ctrl-C arrives twice, from the terminal and from the launcher
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._noted = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self._restore()
+        if self.signal is None:
+            self.signal, self._noted = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self._noted > self.same_key:
+            self._restore()
+            raise KeyboardInterrupt
 
     def _restore(self) -> None:
         for name, handler in self._previous.items():
@@ -267,5 +273,6 @@ def train(config: TrainConfig, state: dict[str, Any] | None = None) -> Outcome:
     device = resolve_device(config.device)
     if device.type == "cpu":
         reuse_host_memory()
+    torch.backends.cudnn.benchmark = True  # the shapes are the same in every step
     with distributed.process_group(device) as device:
         return Trainer(config, device, state).fit()

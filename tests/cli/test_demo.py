@@ -68,18 +68,6 @@ def test_who_ran_what(quick):
         assert f"{result[name]['test_accuracy']:.2%}" in text
 
 
-def test_saved_bytes_of_eager_are_what_autograd_keeps():
-    import torch
-    from torch import nn
-
-    from fusedres.training.comparison import saved_for_backward_bytes
-
-    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4 * 64, 10))
-    images, labels = torch.randn(2, 1, 8, 8), torch.tensor([1, 2])
-    relu_output, log_softmax, total_weight = 2 * 4 * 64 * 4, 2 * 10 * 4, 4
-    assert saved_for_backward_bytes(model, images, labels) == relu_output + log_softmax + total_weight
-
-
 def test_picture(quick):
     from fusedres.training import plots
 

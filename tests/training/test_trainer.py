@@ -10,7 +10,7 @@ import torch
 from fusedres.training import checkpoint
 from fusedres.training.config import ConfigError, TrainConfig, TrainingError, resumed
 from fusedres.training.learner import Learner
-from fusedres.training.trainer import EPOCH_FIELDS, STEP_FIELDS, train
+from fusedres.training.trainer import EPOCH_FIELDS, STEP_FIELDS, Interrupt, train
 
 TINY = {"data": "synthetic:64", "image_size": 8, "batch_size": 16, "epochs": 3, "device": "cpu"}
 STEPS = 4  # in an epoch
@@ -153,15 +153,26 @@ def test_more_epochs_than_planned(whole_run, tmp_path):
     assert checkpoint.load(tmp_path / "last.pt")["epoch"] == 4
 
 
-def test_second_interrupt_acts_at_once(tmp_path, interrupt_at, monkeypatch):
+@pytest.mark.parametrize("later", [False, True])
+def test_second_interrupt(tmp_path, interrupt_at, monkeypatch, later):
+    """A later one acts at once; one that comes with the first is the same key, delivered by torchrun too."""
     interrupt_at(2)
+    save = checkpoint.save
 
-    def stuck(path, state):
+    def interrupted_save(path, state):
         os.kill(os.getpid(), signal.SIGINT)
+        save(path, state)
 
-    monkeypatch.setattr(checkpoint, "save", stuck)
-    with pytest.raises(KeyboardInterrupt):
-        train(config(tmp_path))
+    monkeypatch.setattr(checkpoint, "save", interrupted_save)
+    monkeypatch.setattr(Interrupt, "same_key", 0.0 if later else 60.0)
+    if later:
+        with pytest.raises(KeyboardInterrupt):
+            train(config(tmp_path))
+        assert not (tmp_path / "last.pt").exists()
+    else:
+        assert train(config(tmp_path)).signal == signal.SIGINT
+        assert checkpoint.load(tmp_path / "last.pt")["step"] == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_sigterm_saves_too(tmp_path, interrupt_at):
