@@ -4,7 +4,7 @@
 an isolated build reuses the torch of the environment it is built for (see `build_requirements`).
 
 Environment: ``FUSEDRES_BUILD_CUDA=0|1``, ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS``, ``CXX``, ``CXXFLAGS``, ``CUDA_HOME``,
-``FUSEDRES_SANITIZE=1`` (AddressSanitizer and UBSan).
+``FUSEDRES_CPU_VARIANTS`` (default: ``baseline avx2 avx512``), ``FUSEDRES_SANITIZE=1`` (AddressSanitizer and UBSan).
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ ISA_FLAGS = {
     ],
 }
 SANITIZE_FLAGS = [
-    *("-O1", "-g", "-fno-omit-frame-pointer"),
-    *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+    *("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+    # AddressSanitizer sees these as well; with them, and with its checks inline, a file compiles for minutes
+    *("-fno-sanitize=null,object-size,vptr", "--param=asan-instrumentation-with-call-threshold=0"),
 ]
 DEFAULT_CUDA_ARCHS = ["8.0", "9.0", "10.0"]
 
@@ -106,12 +107,12 @@ def accepts(cxx: str, flags: list[str]) -> bool:
 
 
 def find_nvcc() -> str | None:
-    """nvcc of ``CUDA_HOME``, of ``PATH``, of the usual place, or of the PyPI package nvidia-cuda-nvcc."""
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    """nvcc of ``CUDA_HOME`` if that is set; else of ``PATH``, of the usual place, or of the PyPI package nvidia-cuda-nvcc."""
+    if home := os.environ.get("CUDA_HOME"):
+        return shutil.which("nvcc", path=f"{home}/bin")
     wheels = [home for path in site.getsitepackages() for home in sorted(Path(path).glob("nvidia/cu*"), reverse=True)]
-    on_path = [shutil.which("nvcc")] if not homes else []
-    elsewhere = [shutil.which("nvcc", path=str(Path(home) / "bin")) for home in [*homes, "/usr/local/cuda", *wheels]]
-    return next(filter(None, [*on_path, *elsewhere]), None)
+    folders = [os.environ.get("PATH", os.defpath), *(f"{home}/bin" for home in ["/usr/local/cuda", *wheels])]
+    return next(filter(None, (shutil.which("nvcc", path=folder) for folder in folders)), None)
 
 
 def nvcc_version(nvcc: str) -> tuple[int, int]:
@@ -256,7 +257,9 @@ class BuildNative(build_ext):
         self.directory = f"build/native-{tag}"  # kept between builds, so that only what changed is compiled
         self.flags = [*CXX_FLAGS, "-Icsrc", *os.environ.get("CXXFLAGS", "").split(), *sanitize]
         x86 = platform.machine() == "x86_64"
-        self.isas = [i for i, flags in ISA_FLAGS.items() if i == "baseline" or (x86 and accepts(self.cxx, flags))]
+        wanted = os.environ.get("FUSEDRES_CPU_VARIANTS", " ".join(ISA_FLAGS)).split() if x86 else []
+        extra = [isa for isa, flags in ISA_FLAGS.items() if isa in wanted and accepts(self.cxx, flags)]
+        self.isas = ["baseline", *(isa for isa in extra if isa != "baseline")]
         self.archs = cuda_archs(self.nvcc) if self.nvcc else []
 
         self.ninja = NinjaFile(self.directory)
@@ -275,7 +278,9 @@ class BuildNative(build_ext):
         for name, library in libraries.items():
             target = Path(self.get_ext_fullpath(name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            self.copy_file(str(ROOT / library), str(target))
+            new = target.with_name(f"{target.name}.new")
+            shutil.copy(ROOT / library, new)
+            new.replace(target)  # a process that has the old one loaded keeps it
 
     def compile(self, sources: list[str], flags: list[str], suffix: str = "") -> list[str]:
         """Edges of C++ sources, relative to the source tree, to objects."""

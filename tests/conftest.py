@@ -29,7 +29,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         f"fusedres {info['version']} from {os.path.dirname(fusedres.__file__)}, backend {info['backend']}",
         f"libraries: {'; '.join(libraries)}",
         f"cpu: {cpu['name']}, {cpu['capability']}; torch {info['torch']}, triton {info['triton']}",
-        f"devices: {', '.join(info['devices'])}; {torch.get_num_threads()} threads, of which tests use 1 unless they say so",
+        f"devices: {', '.join(info['devices'])}; {torch.get_num_threads()} threads, tests use 1 unless they say so",
     ]
 
 

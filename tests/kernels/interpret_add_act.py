@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fusedres.kernels.add_act import BLOCK, add_act, add_act_backward
 
 import fusedres
+from fusedres.kernels.add_act import BLOCK, add_act, add_act_backward
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZES = [0, 1, 7, 8, 9, 16, 17, BLOCK - 1, BLOCK, 3 * BLOCK + 5]

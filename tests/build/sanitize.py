@@ -1,0 +1,44 @@
+"""``make sanitize``: the native code under AddressSanitizer and UBSan.
+
+Builds the package once more, with the sanitizers, into build/sanitize, and runs the tests of the ops and of the CUDA
+kernels on the host with it. torch's own memory comes from the sanitizer's malloc, so that a kernel that touches one
+byte beyond a tensor is seen.
+
+Arguments go to pytest in place of the default selection.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE = ROOT / "build" / "sanitize"
+TESTS = ["tests/ops", "tests/host_cuda", "-k", "not compile and not export and not torch_suite and not leak"]
+
+
+def main() -> int:
+    from fusedres import _C
+
+    environ = {**os.environ, "FUSEDRES_SANITIZE": "1", "FUSEDRES_BUILD_CUDA": "0", "FUSEDRES_REQUIRE_EXT": "1"}
+    environ["FUSEDRES_CPU_VARIANTS"] = _C.cpu_capability()  # the one that runs here, beside the baseline
+    build = [sys.executable, "setup.py", "-q", "build", "--build-base", str(BASE), "--build-lib", str(BASE / "lib")]
+    subprocess.run(build, check=True, cwd=ROOT, env=environ)
+
+    compiler = os.environ.get("CXX", "c++")
+    name = [compiler, "-print-file-name=libasan.so"]
+    runtime = subprocess.run(name, check=True, capture_output=True, text=True).stdout.strip()
+    environ.update(
+        PYTHONPATH=str(BASE / "lib"),
+        LD_PRELOAD=runtime,
+        ASAN_OPTIONS="detect_leaks=0:detect_odr_violation=0",  # the interpreter never frees everything
+        UBSAN_OPTIONS="print_stacktrace=1",
+    )
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(sys.argv[1:] or TESTS)]
+    return subprocess.run(pytest, check=False, cwd=ROOT, env=environ).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
