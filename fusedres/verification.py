@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 LIMIT = 2.0
 
-# float64 has nothing more exact to be compared with, and is there for gradcheck: it must be right, not better than eager
+# float64 has nothing more exact to be compared with, and is there for gradcheck: it must be right, no more
 _FLOAT64_TOLERANCE = 1e-10
 
 _DTYPES = {

@@ -113,6 +113,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pairs = [(b, c) for b in FORCED for c in CALLS]
         pairs += [("auto", c) for c in CALLS if c.name in MAIN_CALLS]
         metafunc.parametrize(("backend", "call"), pairs, ids=[f"{b}-{c.name}" for b, c in pairs], indirect=["backend"])
+    elif "call" in names and "kernel" in names:
+        pairs = [(FORCED[-1], c) for c in CALLS] + [(b, c) for b in FORCED[:-1] for c in CALLS if c.name in MAIN_CALLS]
+        metafunc.parametrize(("kernel", "call"), pairs, ids=[f"{b}-{c.name}" for b, c in pairs], indirect=["kernel"])
     elif "call" in names:
         metafunc.parametrize("call", CALLS, ids=[c.name for c in CALLS])
     elif "any_backend" in names:

@@ -13,13 +13,13 @@ from fusedres import functional as F
 from fusedres import verification
 
 
-def test_gradcheck(call, backend) -> None:
+def test_gradcheck(call, kernel) -> None:
     tensors = call.tensors()
     values = [tensors[name] for name in call.names(tensors)]
     assert gradcheck(call.function("ours", tensors), values, eps=1e-6, atol=1e-6, nondet_tol=0.0)
 
 
-def test_gradgradcheck(call, backend) -> None:
+def test_gradgradcheck(call, kernel) -> None:
     tensors = call.tensors()
     values = [tensors[name] for name in call.names(tensors)]
     assert gradgradcheck(call.function("ours", tensors), values, eps=1e-6, atol=1e-5, nondet_tol=0.0)
