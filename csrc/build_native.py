@@ -107,7 +107,7 @@ def accepts(cxx: str, flags: list[str]) -> bool:
 
 
 def find_nvcc() -> str | None:
-    """nvcc of ``CUDA_HOME`` if that is set; else of ``PATH``, of the usual place, or of the PyPI package nvidia-cuda-nvcc."""
+    """nvcc of ``CUDA_HOME`` if that is set; else of ``PATH``, of the usual place, or of PyPI's nvidia-cuda-nvcc."""
     if home := os.environ.get("CUDA_HOME"):
         return shutil.which("nvcc", path=f"{home}/bin")
     wheels = [home for path in site.getsitepackages() for home in sorted(Path(path).glob("nvidia/cu*"), reverse=True)]

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -55,7 +56,7 @@ def version(text: str) -> tuple[int, ...]:
 
 
 def audit(package: Path) -> None:
-    command = ["torch-abi-audit", "--json", "--check", "torch", str(package)]
+    command = [Path(sys.executable).with_name("torch-abi-audit"), "--json", "--check", "torch", str(package)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     for library in json.loads(result.stdout)["bundled_libs"]:
@@ -66,7 +67,9 @@ def audit(package: Path) -> None:
 
 
 def environment(requirement: str) -> Path:
-    """Python of an environment with that torch and nothing else; kept, for it may be several gigabytes."""
+    """Python of an environment with that torch: this one, or one made for it and kept, for it may have gigabytes."""
+    if requirement == f"torch=={importlib.metadata.version('torch').partition('+')[0]}":
+        return Path(sys.executable)
     folder = WORK / requirement.replace("==", "-")
     python = folder / "bin" / "python"
     if not (folder / "ready").exists():
