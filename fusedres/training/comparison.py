@@ -117,12 +117,6 @@ def count_ops(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, int
     return dict(sorted(mode.counts.items()))
 
 
-def _predict(learner: Learner, data: ImageData) -> list[int]:
-    learner.model.eval()
-    with torch.no_grad():
-        return [label for images, _ in data.test_batches() for label in learner.model(images).argmax(1).tolist()]
-
-
 def _largest_deviation(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
@@ -197,7 +191,7 @@ def compare(
             if not show.live:
                 show.line(f"epoch {epoch + 1:>2}/{config.epochs}   {run.name}   {status}")
     for run in runs:
-        run.predictions = _predict(run.learner, data)
+        run.predictions = run.learner.predict(data.test_batches())
 
     facts = info()
     served = {name: by.get(device.type) for name, by in facts["ops"].items() if _called(name, fused.ops)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,34 +62,41 @@ class Learner:
         """The learning rate of a step, counted from 0 over all epochs."""
         return self.config.lr * self._factor(step)
 
-    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
-            logits = self.parallel(images)
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp == "bf16")
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         """Train on one batch; returns its loss without waiting for the device."""
-        loss = self.loss(images, labels)
+        with self._autocast():
+            logits = self.parallel(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         self.schedule.step()
         return loss.detach()
 
-    @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> Score:
-        """Score on this rank's batches, averaged over all ranks; the model is left in training mode."""
+    def _logits(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits and labels in evaluation mode; the model is left in training mode."""
         self.model.eval()
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, images
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
-            for images, labels in batches:
+        for images, labels in batches:
+            with torch.no_grad(), self._autocast():
                 logits = self.model(images).float()
-                totals[0] += F.cross_entropy(logits, labels, reduction="sum")
-                totals[1] += (logits.argmax(1) == labels).sum()
-                totals[2] += len(labels)
+            yield logits, labels
         self.model.train()
+
+    def evaluate(self, batches: Iterable[Batch]) -> Score:
+        """Score on this rank's batches, averaged over all ranks."""
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, images
+        for logits, labels in self._logits(batches):
+            totals[0] += F.cross_entropy(logits, labels, reduction="sum")
+            totals[1] += (logits.argmax(1) == labels).sum()
+            totals[2] += len(labels)
         loss, correct, images = distributed.sum_over_ranks(totals).tolist()
         return Score(loss / images, correct / images)
+
+    def predict(self, batches: Iterable[Batch]) -> list[int]:
+        return [label for logits, _ in self._logits(batches) for label in logits.argmax(1).tolist()]
 
     def state_dict(self) -> dict[str, Any]:
         return {
