@@ -157,13 +157,14 @@ def compare(
     precision: float = 0.01,
     clock: str = "cpu",
     before: Callable[[], Any] | None = None,
+    lead_in: bool = True,
 ) -> Comparison:
     """Time the candidates against each other, alternating.
 
     A round calls each candidate as often as makes one sample last `min_sample_seconds` (the same number for all). After
     `min_rounds` rounds it stops when every ratio's interval is within +-`precision`, at `max_rounds`, or after
     `max_seconds` of wall time. `before` (to evict caches) runs ahead of every sample instead of the call that is not
-    counted.
+    counted; without `lead_in` nothing does, for candidates that fill the caches many times over.
     """
     if baseline not in candidates:
         raise ValueError(f"baseline {baseline!r} is not among {list(candidates)}")
@@ -192,7 +193,7 @@ def compare(
             for name in names[turn:] + names[:turn]:
                 if before is not None:
                     before()
-                else:
+                elif lead_in:
                     _measure(pipelines[name], 1, now)  # not counted: it leaves the caches as this candidate leaves them
                 stages, faults = _measure(pipelines[name], calls, now)
                 timing = timings[name]
