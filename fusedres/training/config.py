@@ -100,9 +100,9 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
 
-# A run may be resumed with another value of these. All but the first two leave the numbers as they would have been:
-# the order and augmentation of the images depend on neither the number of workers nor the folder.
-RESUMABLE = ("epochs", "fused", "workers", "out")
+# A run may be resumed with another value of these. The last two leave the numbers as they would have been: the order and
+# augmentation of the images depend on neither the number of workers nor the folder.
+RESUMABLE = ("epochs", "fused", "device", "workers", "out")
 
 
 def resumed(saved: dict[str, Any], given: dict[str, Any]) -> TrainConfig:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import fusedres
@@ -47,22 +48,18 @@ def torchrun(folder, *arguments, timeout=240):
     )
 
 
-def test_two_processes(tmp_path):
-    settings = [
-        "--data",
-        "synthetic:128",
-        "--image-size",
-        "8",
-        "--batch-size",
-        "16",
-        "--epochs",
-        "3",
-        "--device",
-        "cpu",
-    ]
-    done = torchrun(tmp_path, *settings, "--out", str(tmp_path / "out"))
+def run(folder, *arguments):
+    done = torchrun(folder, *arguments, "--out", str(folder / "out"))
     assert done.returncode == 0, done.stderr
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return done.stdout, ranks, torch.load(folder / "out" / "last.pt", weights_only=True)
+
+
+SETTINGS = ["--data", "synthetic:128", "--image-size", "8", "--batch-size", "16", "--epochs", "3", "--device", "cpu"]
+
+
+def test_two_processes(tmp_path):
+    printed, ranks, state = run(tmp_path, *SETTINGS)
     assert torch.equal(ranks[0]["parameters"], ranks[1]["parameters"])
     assert torch.equal(ranks[0]["momentum"], ranks[1]["momentum"])
     assert sorted(torch.cat([rank["seen"] for rank in ranks]).tolist()) == list(range(128))
@@ -71,11 +68,23 @@ def test_two_processes(tmp_path):
         losses = [float(row["loss"]) for row in csv.DictReader(file)]
     assert len(losses) == 3 * 4  # 128 images over two processes in batches of 16
     assert losses[-1] < 0.8 * losses[0]
-    assert done.stdout.count("epoch 3/3") == 1  # one process writes
-    assert "2 processes, each on 1 CPU thread" in done.stdout
-
-    state = torch.load(tmp_path / "out" / "last.pt", weights_only=True)
+    assert printed.count("epoch 3/3") == 1  # one process writes
+    assert "2 processes, each on 1 CPU thread" in printed
     assert state["world_size"] == len(state["random"]["cpu"]) == 2
-    again = torchrun(tmp_path, "--out", str(tmp_path / "out"), "--resume", "--epochs", "4")
-    assert again.returncode == 0, again.stderr
-    assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["epoch"] == 4
+
+
+@pytest.mark.slow
+def test_two_processes_resume(tmp_path):
+    run(tmp_path, *SETTINGS)
+    _, ranks, state = run(tmp_path, "--resume", "--epochs", "4")
+    assert state["epoch"] == 4
+    assert torch.equal(ranks[0]["parameters"], ranks[1]["parameters"])
+
+
+@pytest.mark.slow
+def test_two_processes_repeat(tmp_path):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    first, second = (run(folder, *SETTINGS)[1][0] for folder in folders)
+    assert torch.equal(first["parameters"], second["parameters"])
