@@ -36,7 +36,7 @@ def main() -> int:
         ASAN_OPTIONS="detect_leaks=0:detect_odr_violation=0",  # the interpreter never frees everything
         UBSAN_OPTIONS="print_stacktrace=1",
     )
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(sys.argv[1:] or TESTS)]
+    pytest = [Path(sys.executable).with_name("pytest"), "-q", "-p", "no:cacheprovider", *(sys.argv[1:] or TESTS)]
     return subprocess.run(pytest, check=False, cwd=ROOT, env=environ).returncode
 
 
