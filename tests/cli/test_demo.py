@@ -28,7 +28,7 @@ def test_numbers(quick):
         run = result[name]
         assert len(run["step_losses"]) == len(run["turn_seconds"]) == steps
         assert len(run["epoch_accuracies"]) == 2
-        assert run["test_accuracy"] == run["epoch_accuracies"][-1] > 0.5
+        assert run["test_accuracy"] == run["epoch_accuracies"][-1] > 0.4
         assert np.mean(run["step_losses"][-5:]) < 0.6 * np.mean(run["step_losses"][:5])
         predictions, labels = result["test_predictions"][name], result["test_labels"]
         assert np.mean(np.equal(predictions, labels)) == pytest.approx(run["test_accuracy"])
