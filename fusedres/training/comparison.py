@@ -28,7 +28,7 @@ from .learner import Learner
 from .networks import build_model, plain_twin
 from .progress import LiveProgress, PlainProgress
 
-YARDSTICK_EPOCHS = 3
+YARDSTICK_EPOCHS = 2
 FIRST_STEPS = 3  # before a difference in rounding has grown: training amplifies it
 
 

@@ -92,7 +92,7 @@ def _model_name(model: str) -> str:
     return model.replace("resnet", "ResNet-")
 
 
-def _strip(figure: Figure, result: dict[str, Any], images: Tensor, count: int = 20) -> None:
+def _strip(figure: Figure, result: dict[str, Any], images: Tensor, count: int = 18) -> None:
     """Test images with what the fused network read; those that either network misread come last."""
     labels, read = result["test_labels"], result["test_predictions"]
     everything = range(len(labels))
@@ -112,13 +112,13 @@ def _strip(figure: Figure, result: dict[str, Any], images: Tensor, count: int = 
         caption = str(labels[index])
         if is_wrong:
             answers = (read["eager"][index], read["fused"][index])
-            caption += " \N{RIGHTWARDS ARROW} " + " | ".join(map(str, dict.fromkeys(answers)))
+            caption += "\N{RIGHTWARDS ARROW}" + "|".join(map(str, dict.fromkeys(answers)))
         axes.text(0.5, -0.12, caption, transform=axes.transAxes, ha="center", va="top", size=11,
                   color=WRONG if is_wrong else MUTED, weight="bold" if is_wrong else "normal")  # fmt: skip
     both = sum(a == b for a, b in zip(read["eager"], read["fused"], strict=True))
     note = f"Of {len(labels)} test digits the two networks read {both} alike."
     if misread:
-        note += f"  In red what either misread, {len(wrong)} in all (eager | fusedres where they differ)."
+        note += f"  In red what either misread, {len(wrong)} in all (truth\N{RIGHTWARDS ARROW}eager|fusedres)."
     figure.text(0.03, 0.765, note, size=10, color=MUTED)
 
 
@@ -149,9 +149,9 @@ def _loss(axes: Axes, result: dict[str, Any]) -> None:
     axes.set_title("Training loss")
     axes.set_xlabel("epoch")
     anchor = int(len(at) * 0.36)
-    _label(axes, "eager: the wide band", EAGER, (at[anchor], eager[anchor]), (34, 38))
+    _label(axes, "eager: the wide band", EAGER, (at[anchor], eager[anchor]), (14, 40))
     anchor = int(len(at) * 0.46)
-    _label(axes, "fusedres: the line inside", FUSED, (at[anchor], fused[anchor]), (34, 30))
+    _label(axes, "fusedres: the line inside", FUSED, (at[anchor], fused[anchor]), (-170, -30))
 
 
 def _label(axes: Axes, text: str, colour: str, point: tuple[float, float], offset: tuple[int, int]) -> None:
@@ -200,7 +200,6 @@ def _deviation(axes: Axes, result: dict[str, Any]) -> None:
     axes.yaxis.set_major_locator(LogLocator(numticks=5))
     axes.set_title("Difference of the losses: rounding, which training amplifies")
     axes.set_xlabel("epoch")
-    axes.text(0.985, 0.20, "fusedres from eager", transform=axes.transAxes, ha="right", color=FUSED, weight="bold")
     labels = (("fusedres from eager", FUSED), ("eager from itself, in the other memory format", EAGER))
     for place, (text, colour) in enumerate(labels):
         axes.text(
