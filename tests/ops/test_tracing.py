@@ -28,15 +28,15 @@ class Everything(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
         if self.fused:
-            y = self.bn1(y)
-            z = self.bn2(y, y)
+            z, y = y, self.bn1(y)
+            z = self.bn2(z, y)
             z = F.batch_norm_add_batch_norm_act(
                 z, *self._stats(self.bn3), y, *self._stats(self.bn4), training=self.training
             )
             z = F.add_act(z, y)
             return F.batch_norm_act_max_pool(z, *self._stats(self.bn3), training=self.training)
-        y = torch.relu(self.bn1(y))
-        z = torch.relu(self.bn2(y) + y)
+        z, y = y, torch.relu(self.bn1(y))
+        z = torch.relu(self.bn2(z) + y)
         a = nn.functional.batch_norm(z, *self._stats(self.bn3), self.training)
         z = torch.relu(a + nn.functional.batch_norm(y, *self._stats(self.bn4), self.training))
         z = torch.relu(z + y)
@@ -132,6 +132,21 @@ def test_compile_each_op(main_call, mode, backend) -> None:
     _close(*results)
 
 
+def test_compile_same_tensor_twice(backend) -> None:
+    """bn(x) + x, and x + x: Dynamo wants every tensor of an autograd.Function once."""
+    torch._dynamo.reset()
+
+    def f(x: Tensor) -> Tensor:
+        y = F.add_act(x, x)
+        return F.batch_norm_act(y, None, None, residual=y, training=True)
+
+    x = X.clone().requires_grad_()
+    out = torch.compile(f, fullgraph=True, backend="aot_eager")(x)
+    y = torch.relu(x + x)
+    want = torch.relu(nn.functional.batch_norm(y, None, None, training=True) + y)
+    _close([out, *torch.autograd.grad(out.sum(), x)], [want, *torch.autograd.grad(want.sum(), x)])
+
+
 def test_compile_does_not_recompile_or_break(backend) -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -169,7 +184,10 @@ def test_export(strict, training, backend) -> None:
         with torch.no_grad():
             torch.testing.assert_close(module(x), plain(x), rtol=1e-3, atol=1e-4)
     if not training:
-        _close(_step(module, X), _step(plain, X))
+        _close(_step(module, X)[:2], _step(plain, X)[:2])
+        gradients = {name: p.grad for name, p in module.named_parameters()}
+        for name, p in plain.named_parameters():
+            torch.testing.assert_close(gradients[name], p.grad, rtol=1e-3, atol=1e-2)
 
 
 def test_exported_program_can_be_saved_and_decomposed(tmp_path) -> None:
@@ -231,8 +249,9 @@ def test_fx_feature_extraction(backend) -> None:
         x = X.clone().requires_grad_()
         out = extractor(x)
         got = torch.autograd.grad(out.square().sum(), [x, fused.conv.weight, fused.bn1.weight])
-        y = torch.relu(plain.bn1(plain.conv(x)))
-        z = torch.relu(plain.bn2(y) + y)
+        z = plain.conv(x)
+        y = torch.relu(plain.bn1(z))
+        z = torch.relu(plain.bn2(z) + y)
         a = nn.functional.batch_norm(z, *plain._stats(plain.bn3), True)
         z = torch.relu(a + nn.functional.batch_norm(y, *plain._stats(plain.bn4), True))
         want_out = torch.relu(z + y)
