@@ -321,9 +321,11 @@ class BuildNative(build_ext):
     def edges_cpu(self, sources: list[str]) -> str:
         """Each source is compiled once per instruction set for its kernels, and once to register the ops with torch."""
         without = [f"-DFUSEDRES_WITHOUT_{isa.upper()}" for isa in ISA_FLAGS if isa not in self.isas]
-        objects = self.compile(sources, [*without, *self.torch_includes()])
+        sources = sorted(sources, key=lambda path: -(ROOT / path).stat().st_size)  # the longest to compile first
+        objects = []
         for isa in self.isas:
             objects += self.compile(sources, [*ISA_FLAGS[isa], f"-DFUSEDRES_ISA={isa}"], f".{isa}")
+        objects += self.compile(sources, [*without, *self.torch_includes()])
         return self.link("_ops_cpu.so", objects, ["libtorch_cpu.so"])
 
     def edges_cuda(self, sources: list[str]) -> str:
