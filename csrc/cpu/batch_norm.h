@@ -58,23 +58,12 @@ struct Tiling {
     return {block * block_height, std::min((block + 1) * block_height, height), c0, c1};
   }
 
-  bool columns_are_channels() const { return columns == layout.channels; }
-
-  // Columns per task such that a pass over `passes` tensors of a task's columns stays in the second-level cache between
-  // two walks, or 0 where it cannot. One task does both walks then.
-  int64_t cached_columns(int64_t bytes_per_value, int64_t tensors) const {
-    constexpr int64_t kCacheBytes = 640 * 1024;
-    if (!columns_are_channels()) return 0;
-    const int64_t column_bytes = layout.pixels() * bytes_per_value * tensors;
-    const int64_t fitting = kCacheBytes / std::max<int64_t>(column_bytes, 1);
-    if (!layout.channels_last) {
-      // Neighbouring planes are adjacent: take enough of them for a page.
-      const int64_t wanted = std::max<int64_t>(1, ceil_div(4096, layout.area() * bytes_per_value));
-      return std::min(std::max<int64_t>(1, std::min(fitting, wanted)), columns);
-    }
-    const int64_t least = 128 / bytes_per_value;
-    if (fitting < least) return 0;
-    return std::min(fitting / least * least, columns);
+  // Contiguous: the channels of a task that reduces and then applies, while its planes are still in the second-level
+  // cache; neighbouring planes are adjacent, so at least a page of them. channels_last: 0, for a block of columns is a
+  // walk in strides, which costs more than the cache brings.
+  int64_t cached_channels(int64_t bytes_per_value) const {
+    if (layout.channels_last) return 0;
+    return std::min(std::max<int64_t>(1, ceil_div(4096, layout.area() * bytes_per_value)), columns);
   }
 };
 
@@ -109,6 +98,22 @@ inline void check_norm(const NormArguments& a, const Tensor& x, const Layout4d& 
   STD_TORCH_CHECK(a.momentum || a.num_batches_tracked || !a.training, "momentum=None needs num_batches_tracked");
 }
 
+// Work per channel goes through doubles, so many channels at a time.
+constexpr int64_t kChannelChunk = 256;
+
+template <class F>
+void for_each_chunk(int64_t c0, int64_t c1, const F& f) {
+  for (int64_t c = c0; c < c1; c += kChannelChunk) f(c, std::min(c + kChannelChunk, c1));
+}
+
+inline void read_or_fill(const ChannelVector& v, int64_t c0, int64_t c1, double otherwise, double* to) {
+  if (v) {
+    v.read(c0, c1, to);
+  } else {
+    std::fill(to, to + (c1 - c0), otherwise);
+  }
+}
+
 // What the kernels take per column.
 template <class T>
 struct ColumnParams {
@@ -123,13 +128,17 @@ struct ColumnParams {
   void fill(
       const S* stats, const ChannelVector& weight, const ChannelVector& bias, const Tiling& tiling, int64_t c0, int64_t c1) {
     const int64_t channels = tiling.layout.channels;
-    for (int64_t c = c0; c < c1; ++c) {
-      const double w = weight ? weight.get(c) : 1.0;
-      const double b = bias ? bias.get(c) : 0.0;
-      mean[c] = stats[c];
-      scale[c] = static_cast<S>(w * static_cast<double>(stats[channels + c]));
-      shift[c] = static_cast<S>(b - static_cast<double>(stats[2 * channels + c]) * static_cast<double>(scale[c]));
-    }
+    for_each_chunk(c0, c1, [&](int64_t begin, int64_t end) {
+      double w[kChannelChunk], b[kChannelChunk];
+      read_or_fill(weight, begin, end, 1.0, w);
+      read_or_fill(bias, begin, end, 0.0, b);
+      for (int64_t c = begin; c < end; ++c) {
+        mean[c] = stats[c];
+        scale[c] = static_cast<S>(w[c - begin] * static_cast<double>(stats[channels + c]));
+        const double mean_low = stats[2 * channels + c];
+        shift[c] = static_cast<S>(b[c - begin] - mean_low * static_cast<double>(scale[c]));
+      }
+    });
     for (int64_t c = c0; c < c1; ++c) {
       for (int64_t column = c + channels; column < tiling.columns; column += channels) {
         mean[column] = mean[c];
@@ -189,41 +198,63 @@ class Norm {
   // Merges the blocks' statistics (Chan, Golub and LeVeque 1979) and moves the running ones, for channels [c0, c1).
   void finish(int64_t c0, int64_t c1) {
     const int64_t channels = tiling_.layout.channels;
-    const double count = static_cast<double>(tiling_.layout.pixels());
-    for (int64_t c = c0; c < c1; ++c) {
-      double mean = 0.0, var;
+    for_each_chunk(c0, c1, [&](int64_t begin, int64_t end) {
+      double mean[kChannelChunk], var[kChannelChunk];
       if (training) {
-        double n = 0.0, m2 = 0.0;
-        for (int64_t block = 0; block < tiling_.blocks; ++block) {
-          for (int64_t column = c; column < tiling_.columns; column += channels) {
-            const double block_n = tiling_.count(block, column);
-            if (block_n == 0.0) continue;
-            const int64_t i = block * tiling_.columns + column;
-            const double delta = mean_[i] - mean;
-            n += block_n;
-            mean += delta * (block_n / n);
-            m2 += m2_[i] + delta * delta * (block_n * (n - block_n) / n);
-          }
-        }
-        var = m2 / count;
-        if (running_mean_) {
-          running_mean_.set(c, (1.0 - momentum_) * running_mean_.get(c) + momentum_ * mean);
-          running_var_.set(c, (1.0 - momentum_) * running_var_.get(c) + momentum_ * (m2 / (count - 1.0)));
-        }
+        merge(begin, end, mean, var);
       } else {
-        mean = running_mean_.get(c);
-        var = running_var_.get(c);
+        running_mean_.read(begin, end, mean);
+        running_var_.read(begin, end, var);
       }
-      const S high = static_cast<S>(mean);
-      stats_[c] = high;
-      stats_[channels + c] = static_cast<S>(1.0 / std::sqrt(var + eps_));
-      // Zero where the mean is not finite: Inf - Inf would turn an infinite mean into NaN.
-      stats_[2 * channels + c] = std::isfinite(mean) ? static_cast<S>(mean - static_cast<double>(high)) : S(0);
-    }
+      for (int64_t c = begin; c < end; ++c) {
+        const double m = mean[c - begin];
+        stats_[c] = static_cast<S>(m);
+        stats_[channels + c] = static_cast<S>(1.0 / std::sqrt(var[c - begin] + eps_));
+        // Zero where the mean is not finite: Inf - Inf would turn an infinite mean into NaN.
+        stats_[2 * channels + c] = std::isfinite(m) ? static_cast<S>(m - static_cast<double>(stats_[c])) : S(0);
+      }
+    });
     params_.fill(stats_, weight_, bias_, tiling_, c0, c1);
   }
 
  private:
+  // Mean and biased variance of channels [c0, c1), at most kChannelChunk; moves their running statistics.
+  void merge(int64_t c0, int64_t c1, double* mean, double* var) {
+    const int64_t channels = tiling_.layout.channels;
+    const double count = static_cast<double>(tiling_.layout.pixels());
+    for (int64_t c = c0; c < c1; ++c) {
+      double n = 0.0, m = 0.0, m2 = 0.0;
+      for (int64_t block = 0; block < tiling_.blocks; ++block) {
+        for (int64_t column = c; column < tiling_.columns; column += channels) {
+          const double block_n = tiling_.count(block, column);
+          if (block_n == 0.0) continue;
+          const int64_t i = block * tiling_.columns + column;
+          if (n == 0.0) {
+            n = block_n;
+            m = mean_[i];
+            m2 = m2_[i];
+            continue;
+          }
+          const double delta = mean_[i] - m;
+          n += block_n;
+          m += delta * (block_n / n);
+          m2 += m2_[i] + delta * delta * (block_n * (n - block_n) / n);
+        }
+      }
+      mean[c - c0] = m;
+      var[c - c0] = m2 / count;
+    }
+    if (!running_mean_) return;
+    double running[kChannelChunk];
+    running_mean_.read(c0, c1, running);
+    for (int64_t i = 0; i < c1 - c0; ++i) running[i] = (1.0 - momentum_) * running[i] + momentum_ * mean[i];
+    running_mean_.write(c0, c1, running);
+    running_var_.read(c0, c1, running);
+    const double unbiased = count / (count - 1.0);
+    for (int64_t i = 0; i < c1 - c0; ++i) running[i] = (1.0 - momentum_) * running[i] + momentum_ * (var[i] * unbiased);
+    running_var_.write(c0, c1, running);
+  }
+
   const T* x_;
   const Tiling& tiling_;
   double eps_;
@@ -303,29 +334,42 @@ class NormBackward {
   // With sum_g per block and column, for channels [c0, c1); `reduced` says whether the sums were taken at all.
   void finish(const double* sum_g, bool reduced, int64_t c0, int64_t c1) {
     const int64_t channels = tiling_.layout.channels;
-    const double count = static_cast<double>(tiling_.layout.pixels());
-    for (int64_t c = c0; c < c1; ++c) {
-      const double mean_low = stats_[2 * channels + c];
-      const double rstd = stats_[channels + c];
-      const double scale = params_.scale[c];
-      double g = 0.0, gx = 0.0;
+    const double per_count = training ? 1.0 / static_cast<double>(tiling_.layout.pixels()) : 0.0;
+    for_each_chunk(c0, c1, [&](int64_t begin, int64_t end) {
+      double g[kChannelChunk] = {}, gx[kChannelChunk] = {};
       if (reduced) {
         for (int64_t block = 0; block < tiling_.blocks; ++block) {
-          for (int64_t column = c; column < tiling_.columns; column += channels) {
-            g += sum_g[block * tiling_.columns + column];
-            gx += sum_[block * tiling_.columns + column];
+          for (int64_t first = 0; first < tiling_.columns; first += channels) {
+            const int64_t at = block * tiling_.columns + first;
+            for (int64_t c = begin; c < end; ++c) {
+              g[c - begin] += sum_g[at + c];
+              gx[c - begin] += sum_[at + c];
+            }
           }
         }
-        gx -= mean_low * g;
-        if (dweight_) dweight_.set(c, gx * rstd);
-        if (dbias_) dbias_.set(c, g);
+        for (int64_t c = begin; c < end; ++c) {
+          gx[c - begin] -= static_cast<double>(stats_[2 * channels + c]) * g[c - begin];
+        }
+        if (dbias_) dbias_.write(begin, end, g);
       }
-      const double of_x = training ? -scale * rstd * rstd * gx / count : 0.0;
-      const double constant = training ? -scale * g / count - of_x * mean_low : 0.0;
-      for (int64_t column = c; column < tiling_.columns; column += channels) {
-        of_g_[column] = params_.scale[c];
-        of_x_[column] = static_cast<S>(of_x);
-        constant_[column] = static_cast<S>(constant);
+      for (int64_t c = begin; c < end; ++c) {
+        const double rstd = stats_[channels + c];
+        const double mean_low = stats_[2 * channels + c];
+        const double scale = params_.scale[c];
+        const double dweight = gx[c - begin] * rstd;
+        const double of_x = -scale * rstd * dweight * per_count;
+        gx[c - begin] = dweight;
+        of_g_[c] = params_.scale[c];
+        of_x_[c] = static_cast<S>(of_x);
+        constant_[c] = static_cast<S>(-scale * g[c - begin] * per_count - of_x * mean_low);
+      }
+      if (reduced && dweight_) dweight_.write(begin, end, gx);
+    });
+    for (int64_t c = c0; c < c1; ++c) {
+      for (int64_t column = c + channels; column < tiling_.columns; column += channels) {
+        of_g_[column] = of_g_[c];
+        of_x_[column] = of_x_[c];
+        constant_[column] = constant_[c];
       }
     }
   }

@@ -36,6 +36,7 @@ struct Deviations {
   using Scalar = typename Compute<T>::Scalar;
   using Vec = typename Compute<T>::Vec;
   static constexpr int kSums = 2;
+  static constexpr int64_t kTile = 16;  // short: eager's sums are in double, and so nearly exact
   const T* x;
   const Scalar* shift;
 
@@ -85,10 +86,13 @@ void statistics_rows(const T* x, const Rows& rows, const Range& range, double* m
   const int64_t height = range.end - range.begin;
   for (int64_t chunk = range.c0; chunk < range.c1; chunk += kColumnChunk) {
     const int64_t end = chunk + kColumnChunk < range.c1 ? chunk + kColumnChunk : range.c1;
-    // The last, partial row gives no samples; where it is all there is, a shift of 0 does, for it has one row a column.
+    // The last, partial row gives no samples, unless it is all there is.
     const int64_t full = (range.end < rows.count ? range.end : rows.count) - range.begin;
     const int64_t samples = full < kSamples ? full : kSamples;
     std::memset(shift, 0, sizeof shift);
+    for (int64_t c = chunk; samples == 0 && c < end && c < rows.tail; ++c) {
+      shift[c - chunk] = static_cast<Scalar>(scalar(x + range.begin * rows.width + c));
+    }
     for (int64_t k = 0; k < samples; ++k) {
       const T* row = x + (range.begin + k * full / samples) * rows.width;
       const auto weight = broadcast(Scalar(1) / static_cast<Scalar>(samples));
@@ -212,8 +216,7 @@ FUSEDRES_INLINE void with_forward(const ForwardArgs<T>& a, const F& f) {
 
 template <class T>
 void forward_rows(const ForwardArgs<T>& a, const Rows& rows, const Range& r) {
-  using Scalar = typename Compute<T>::Scalar;
-  const auto walk = [&](const auto& body) { map_rows<kTogether<Scalar>>(body, rows, r.begin, r.end, r.c0, r.c1); };
+  const auto walk = [&](const auto& body) { map_rows(body, rows, r.begin, r.end, r.c0, r.c1); };
   a.stream ? with_forward<T, true>(a, walk) : with_forward<T, false>(a, walk);
   finish_streams(a.stream);
 }
@@ -249,6 +252,7 @@ struct Reduce {
   using Scalar = typename Compute<T>::Scalar;
   using Vec = typename Compute<T>::Vec;
   static constexpr int kSums = kPair ? 3 : 2;
+  static constexpr int64_t kTile = 64;
   const BackwardArgs<T>& a;
 
   struct Params {
@@ -279,7 +283,8 @@ struct Reduce {
   }
 };
 
-template <class T, ReluMask kRelu, bool kPair, bool kStream>
+// kUsesX: false in evaluation, where dx = g * of_g whatever x is; it is then not read, unless for the mask.
+template <class T, ReluMask kRelu, bool kPair, bool kUsesX, bool kStream>
 struct Backward {
   using Vec = typename Compute<T>::Vec;
   const BackwardArgs<T>& a;
@@ -316,35 +321,22 @@ struct Backward {
     }
     return p;
   }
+  static FUSEDRES_INLINE Vec gradient(Vec g, Vec of_g, Vec of_x, Vec centred, Vec constant) {
+    if constexpr (kUsesX) return fma(of_g, g, fma(of_x, centred, constant));
+    return of_g * g;
+  }
   template <bool kFull>
   FUSEDRES_INLINE void map(const Params& p, int64_t i, int64_t word, int n) const {
     const Vec centred = get<kFull>(a.x + i, n) - p.bn.mean;
     Vec centred2 = centred;
     if constexpr (kPair) centred2 = get<kFull>(a.x2 + i, n) - p.bn2.mean;
     const Vec g = masked_gradient<T, kRelu, kPair, kFull>(a, p.bn, p.bn2, centred, centred2, i, word, n);
-    if (a.dx) put<kFull, kStream>(a.dx + i, fma(p.of_g, g, fma(p.of_x, centred, p.constant)), n);
+    if (a.dx) put<kFull, kStream>(a.dx + i, gradient(g, p.of_g, p.of_x, centred, p.constant), n);
     if constexpr (kPair) {
-      if (a.dx2) put<kFull, kStream>(a.dx2 + i, fma(p.of_g2, g, fma(p.of_x2, centred2, p.constant2)), n);
+      if (a.dx2) put<kFull, kStream>(a.dx2 + i, gradient(g, p.of_g2, p.of_x2, centred2, p.constant2), n);
     } else {
       if (a.dresidual) put<kFull, kStream>(a.dresidual + i, g, n);
     }
-  }
-};
-
-// Evaluation: dx = g * of_g, and x is not read unless the mask needs it.
-template <class T, ReluMask kRelu, bool kStream>
-struct BackwardWithoutX {
-  using Vec = typename Compute<T>::Vec;
-  const BackwardArgs<T>& a;
-
-  FUSEDRES_INLINE Vec column_params(int64_t c) const { return load(a.gradient.of_g + c); }
-  FUSEDRES_INLINE Vec channel_params(int64_t c) const { return broadcast(a.gradient.of_g[c]); }
-  template <bool kFull>
-  FUSEDRES_INLINE void map(Vec of_g, int64_t i, int64_t word, int n) const {
-    const AffineVec<Vec> unused{of_g, of_g, of_g};
-    const Vec g = masked_gradient<T, kRelu, false, kFull>(a, unused, unused, of_g, of_g, i, word, n);
-    if (a.dx) put<kFull, kStream>(a.dx + i, of_g * g, n);
-    if (a.dresidual) put<kFull, kStream>(a.dresidual + i, g, n);
   }
 };
 
@@ -364,30 +356,37 @@ FUSEDRES_INLINE void with_reduce(const BackwardArgs<T>& a, const F& f) {
   }
 }
 
-template <class T, bool kStream, class F>
+template <class T, bool kUsesX, bool kStream, class F>
 FUSEDRES_INLINE void with_backward(const BackwardArgs<T>& a, const F& f) {
   if (a.x2) {
-    return a.relu == ReluMask::none ? f(Backward<T, ReluMask::none, true, kStream>{a})
-                                    : f(Backward<T, ReluMask::recomputed, true, kStream>{a});
-  }
-  if (!a.uses_x && a.relu != ReluMask::recomputed) {
-    return a.relu == ReluMask::none ? f(BackwardWithoutX<T, ReluMask::none, kStream>{a})
-                                    : f(BackwardWithoutX<T, ReluMask::stored, kStream>{a});
+    return a.relu == ReluMask::none ? f(Backward<T, ReluMask::none, true, kUsesX, kStream>{a})
+                                    : f(Backward<T, ReluMask::recomputed, true, kUsesX, kStream>{a});
   }
   switch (a.relu) {
     case ReluMask::none:
-      return f(Backward<T, ReluMask::none, false, kStream>{a});
+      return f(Backward<T, ReluMask::none, false, kUsesX, kStream>{a});
     case ReluMask::recomputed:
-      return f(Backward<T, ReluMask::recomputed, false, kStream>{a});
+      return f(Backward<T, ReluMask::recomputed, false, kUsesX, kStream>{a});
     case ReluMask::stored:
-      return f(Backward<T, ReluMask::stored, false, kStream>{a});
+      return f(Backward<T, ReluMask::stored, false, kUsesX, kStream>{a});
   }
+}
+
+template <class T, class F>
+FUSEDRES_INLINE void walk_backward(const BackwardArgs<T>& a, const F& f) {
+  if (!a.uses_x) return with_backward<T, false, false>(a, f);
+  a.stream ? with_backward<T, true, true>(a, f) : with_backward<T, true, false>(a, f);
+  finish_streams(a.stream);
 }
 
 template <class T>
 void reduce_rows_of(const BackwardArgs<T>& a, const Rows& rows, const Range& r, double* const* sums) {
   using Scalar = typename Compute<T>::Scalar;
-  with_reduce(a, [&](const auto& body) { reduce_rows<kTogether<Scalar>>(body, rows, r.begin, r.end, r.c0, r.c1, sums); });
+  const bool adjacent = rows.width * static_cast<int64_t>(sizeof(T)) <= kAdjacentRowBytes;
+  with_reduce(a, [&](const auto& body) {
+    adjacent ? reduce_rows<kTogether<Scalar>>(body, rows, r.begin, r.end, r.c0, r.c1, sums)
+             : reduce_rows<1>(body, rows, r.begin, r.end, r.c0, r.c1, sums);
+  });
 }
 
 template <class T>
@@ -397,17 +396,12 @@ void reduce_planes_of(const BackwardArgs<T>& a, const Planes& planes, const Rang
 
 template <class T>
 void backward_rows(const BackwardArgs<T>& a, const Rows& rows, const Range& r) {
-  using Scalar = typename Compute<T>::Scalar;
-  const auto walk = [&](const auto& body) { map_rows<(kTogether<Scalar> + 1) / 2>(body, rows, r.begin, r.end, r.c0, r.c1); };
-  a.stream ? with_backward<T, true>(a, walk) : with_backward<T, false>(a, walk);
-  finish_streams(a.stream);
+  walk_backward(a, [&](const auto& body) { map_rows(body, rows, r.begin, r.end, r.c0, r.c1); });
 }
 
 template <class T>
 void backward_planes(const BackwardArgs<T>& a, const Planes& planes, const Range& r) {
-  const auto walk = [&](const auto& body) { map_planes(body, planes, r.begin, r.end, r.c0, r.c1); };
-  a.stream ? with_backward<T, true>(a, walk) : with_backward<T, false>(a, walk);
-  finish_streams(a.stream);
+  walk_backward(a, [&](const auto& body) { map_planes(body, planes, r.begin, r.end, r.c0, r.c1); });
 }
 
 }  // namespace
@@ -462,7 +456,7 @@ void run_forward(ForwardArgs<T> args, const Tiling& tiling, Norm<T>* const* norm
   };
   bool any_training = false;
   for (int64_t i = 0; i < count; ++i) any_training |= norms[i]->training;
-  const int64_t cached = any_training ? tiling.cached_columns(sizeof(T), count) : 0;
+  const int64_t cached = any_training ? tiling.cached_channels(sizeof(T)) : 0;
   const int64_t tasks = cached ? ceil_div(tiling.columns, cached) : 0;
   if (tasks >= threads()) {
     for_each_task(tasks, tiling.layout.numel(), [&](int64_t task) {
@@ -502,7 +496,7 @@ void run_backward(BackwardArgs<T> args, const Tiling& tiling, NormBackward<T>* c
       kernels.backward_planes(args, tiling.planes, range);
     }
   };
-  const int64_t cached = reduce && apply ? tiling.cached_columns(sizeof(T), 1 + count) : 0;
+  const int64_t cached = reduce && apply ? tiling.cached_channels(sizeof(T)) : 0;
   const int64_t cached_tasks = cached ? ceil_div(tiling.columns, cached) : 0;
   if (cached_tasks >= threads()) {
     for_each_task(cached_tasks, tiling.layout.numel(), [&](int64_t task) {
@@ -665,7 +659,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_batch_
     args.gradient2 = norm2.gradient();
     args.dx = need_dx ? data<T>(dx) : nullptr;
     args.dx2 = need_dx2 ? data<T>(dx2) : nullptr;
-    args.uses_x = true;
+    args.uses_x = training || training2;
     args.stream = layout.channels_last && streams(layout.numel() * sizeof(T));
     NormBackward<T>* norms[] = {&norm, &norm2};
     const bool reduce = need_affine || need_affine2 || (training && need_dx) || (training2 && need_dx2);

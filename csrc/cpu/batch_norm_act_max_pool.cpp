@@ -38,6 +38,7 @@ struct Taps {
   int64_t first, last;
 };
 FUSEDRES_INLINE Taps taps(int64_t start, int64_t kernel, int64_t dilation, int64_t size) {
+  if (dilation == 1) return {start < 0 ? -start : 0, size - start < kernel ? size - start : kernel};
   const int64_t first = start < 0 ? (-start + dilation - 1) / dilation : 0;
   const int64_t fitting = start < size ? (size - start + dilation - 1) / dilation : 0;
   return {first, fitting < kernel ? fitting : kernel};
@@ -96,11 +97,13 @@ void forward_rows(const PoolArgs<T>& a, const Pooling& p, int64_t begin, int64_t
   using S = ScalarFor<T>;
   RowRing<T, false> ring(a, p, scratch);
   const int64_t channels = ring.channels();
+  const S* lines[kNoWinner];  // the window's rows
   for (int64_t row = begin; row < end; ++row) {
     const int64_t n = row / p.out_height;
     const int64_t ih0 = row % p.out_height * p.stride_h - p.pad_h;
     const Taps h = taps(ih0, p.kernel_h, p.dilation_h, p.height);
     ring.need(n, ih0 + h.first * p.dilation_h, ih0 + (h.last - 1) * p.dilation_h + 1);
+    for (int64_t kh = h.first; kh < h.last; ++kh) lines[kh] = ring.row(ih0 + kh * p.dilation_h);
     T* out = a.out + row * p.out_width * p.channels;
     for (int64_t ow = 0; ow < p.out_width; ++ow, out += p.channels) {
       const int64_t iw0 = ow * p.stride_w - p.pad_w;
@@ -108,7 +111,7 @@ void forward_rows(const PoolArgs<T>& a, const Pooling& p, int64_t begin, int64_t
       for (int64_t c = 0; c < p.channels; c += kLanes) {
         auto best = broadcast(a.relu ? S(0) : -S(INFINITY));
         for (int64_t kh = h.first; kh < h.last; ++kh) {
-          const S* y = ring.row(ih0 + kh * p.dilation_h) + c;
+          const S* y = lines[kh] + c;
           for (int64_t kw = w.first; kw < w.last; ++kw) {
             const auto v = load(y + (iw0 + kw * p.dilation_w) * channels);
             best = blend(greater_or_nan(v, best), v, best);
@@ -134,11 +137,13 @@ void winners_rows(
   const int64_t centred = ring.centred_offset();
   S* row_g = scratch + 2 * p.span_h() * p.width * channels;
   S* row_gx = row_g + channels;
+  const S* lines[kNoWinner];  // the window's rows
   for (int64_t row = begin; row < end; ++row) {
     const int64_t n = row / p.out_height;
     const int64_t ih0 = row % p.out_height * p.stride_h - p.pad_h;
     const Taps h = taps(ih0, p.kernel_h, p.dilation_h, p.height);
     ring.need(n, ih0 + h.first * p.dilation_h, ih0 + (h.last - 1) * p.dilation_h + 1);
+    for (int64_t kh = h.first; kh < h.last; ++kh) lines[kh] = ring.row(ih0 + kh * p.dilation_h);
     std::memset(row_g, 0, 2 * channels * sizeof(S));
     for (int64_t ow = 0; ow < p.out_width; ++ow) {
       const int64_t iw0 = ow * p.stride_w - p.pad_w;
@@ -146,10 +151,10 @@ void winners_rows(
       const int64_t o = (row * p.out_width + ow) * p.channels;
       for (int64_t c = 0; c < p.channels; c += kLanes) {
         auto best = broadcast(-S(INFINITY));
-        auto best_x = load(ring.row(ih0 + h.first * p.dilation_h) + (iw0 + w.first * p.dilation_w) * channels + c + centred);
+        auto best_x = load(lines[h.first] + (iw0 + w.first * p.dilation_w) * channels + c + centred);
         auto winner = broadcast(static_cast<S>(h.first * p.kernel_w + w.first));
         for (int64_t kh = h.first; kh < h.last; ++kh) {
-          const S* y = ring.row(ih0 + kh * p.dilation_h) + c;
+          const S* y = lines[kh] + c;
           for (int64_t kw = w.first; kw < w.last; ++kw) {
             const S* at = y + (iw0 + kw * p.dilation_w) * channels;
             const auto v = load(at);
@@ -416,6 +421,10 @@ void backward_planes(const PoolArgs<T>& a, const Pooling& p, int64_t begin, int6
   const int64_t area = p.height * p.width;
   S* g = scratch;
   S* dy = g + padded(area);
+  int64_t offsets[kNoWinner];  // of the positions of a window, in the plane
+  for (int64_t k = 0; k < p.kernel_h * p.kernel_w; ++k) {
+    offsets[k] = k / p.kernel_w * p.dilation_h * p.width + k % p.kernel_w * p.dilation_w;
+  }
   for (int64_t plane = begin; plane < end; ++plane) {
     std::memset(g, 0, area * sizeof(S));
     for (int64_t oh = 0; oh < p.out_height; ++oh) {
@@ -427,9 +436,7 @@ void backward_planes(const PoolArgs<T>& a, const Pooling& p, int64_t begin, int6
       for (int64_t ow = 0; ow < p.out_width; ++ow) {
         const int64_t k = a.winners[o + ow];
         if (k == kNoWinner) continue;
-        const int64_t ih = oh * p.stride_h - p.pad_h + k / p.kernel_w * p.dilation_h;
-        const int64_t iw = ow * p.stride_w - p.pad_w + k % p.kernel_w * p.dilation_w;
-        g[ih * p.width + iw] += dy[ow];
+        g[(oh * p.stride_h - p.pad_h) * p.width + ow * p.stride_w - p.pad_w + offsets[k]] += dy[ow];
       }
     }
     const int64_t c = plane % p.channels;

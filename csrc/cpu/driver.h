@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <type_traits>
 #include <utility>
 
 #include "common/checks.h"
@@ -20,7 +21,7 @@ namespace fusedres::cpu {
 
 // Outputs above this bypass the caches: they would be evicted before their consumer runs, and a normal store first reads
 // the line it writes.
-constexpr int64_t kStreamBytes = int64_t{8} << 20;
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
 constexpr int64_t kSerialElements = 32 * 1024;  // below this a second thread costs more than it brings
 
 inline bool streams(int64_t bytes) { return bytes >= kStreamBytes; }
@@ -117,39 +118,41 @@ class ChannelVector {
   }
   explicit operator bool() const { return data_ != nullptr; }
 
-  double get(int64_t c) const {
-    switch (dtype_) {
-      case ScalarType::Float:
-        return at<float>(c);
-      case ScalarType::Double:
-        return at<double>(c);
-      case ScalarType::BFloat16:
-        return static_cast<float>(at<torch::headeronly::BFloat16>(c));
-      default:
-        return static_cast<float>(at<torch::headeronly::Half>(c));
-    }
+  // Channels [c0, c1) to and from doubles.
+  void read(int64_t c0, int64_t c1, double* to) const {
+    with_scalar([&]<class S>(S*) {
+      for (int64_t c = c0; c < c1; ++c) to[c - c0] = static_cast<double>(static_cast<Wide<S>>(at<S>(c)));
+    });
   }
-  void set(int64_t c, double value) const {
-    switch (dtype_) {
-      case ScalarType::Float:
-        at<float>(c) = static_cast<float>(value);
-        break;
-      case ScalarType::Double:
-        at<double>(c) = value;
-        break;
-      case ScalarType::BFloat16:
-        at<torch::headeronly::BFloat16>(c) = static_cast<float>(value);
-        break;
-      default:
-        at<torch::headeronly::Half>(c) = static_cast<float>(value);
-    }
+  void write(int64_t c0, int64_t c1, const double* from) const {
+    with_scalar([&]<class S>(S*) {
+      for (int64_t c = c0; c < c1; ++c) at<S>(c) = static_cast<S>(static_cast<Wide<S>>(from[c - c0]));
+    });
   }
 
  private:
   template <class S>
+  using Wide = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+  template <class F>
+  void with_scalar(const F& f) const {
+    switch (dtype_) {
+      case ScalarType::Float:
+        return f(static_cast<float*>(nullptr));
+      case ScalarType::Double:
+        return f(static_cast<double*>(nullptr));
+      case ScalarType::BFloat16:
+        return f(static_cast<torch::headeronly::BFloat16*>(nullptr));
+      default:
+        return f(static_cast<torch::headeronly::Half*>(nullptr));
+    }
+  }
+
+  template <class S>
   S& at(int64_t c) const {
     return reinterpret_cast<S*>(data_)[c * stride_];
   }
+
   char* data_ = nullptr;
   ScalarType dtype_ = ScalarType::Float;
   int64_t stride_ = 1;

@@ -12,8 +12,8 @@
 namespace fusedres::cpu {
 namespace {
 
-// Rows that are walked together, so that what is loaded per column serves several of them, and vectors of a plane that
-// are summed apart. The baseline, and double, have too few registers to gain by it.
+// Vectors of a plane that are summed apart, and rows that a reduction walks together so that one load and store of its
+// running sums serves several. The baseline, and double, have too few registers to gain by either.
 #if defined(FUSEDRES_VEC_AVX512) || defined(FUSEDRES_VEC_AVX2)
 template <class Scalar>
 constexpr int kTogether = sizeof(Scalar) == 4 ? 4 : 1;
@@ -21,11 +21,12 @@ constexpr int kTogether = sizeof(Scalar) == 4 ? 4 : 1;
 template <class Scalar>
 constexpr int kTogether = 1;
 #endif
+// Rows of more bytes are walked one by one: several at once are then so many streams, a page apart, that compete for the
+// same cache sets, and from memory that is slower.
+constexpr int64_t kAdjacentRowBytes = 1024;
 
-constexpr int64_t kTileRows = 64;       // rows summed in the compute type before they are added to the double sums
-constexpr int64_t kColumnChunk = 512;   // columns whose running sums stay in L1
+constexpr int64_t kColumnChunk = 2048;  // columns whose running sums stay in L1
 constexpr int64_t kPlaneGroup = 16;     // channels whose running sums are kept together
-constexpr int64_t kFlushVectors = 128;  // vectors summed in the compute type, per channel of a plane walk
 
 template <bool kFull, class T>
 FUSEDRES_INLINE auto get(const T* p, int n) {
@@ -55,29 +56,18 @@ FUSEDRES_INLINE void finish_streams(bool streamed) {
 #endif
 }
 
-template <int kRows, class Body>
+template <class Body>
 FUSEDRES_INLINE void map_rows(const Body& body, const Rows& rows, int64_t row0, int64_t row1, int64_t c0, int64_t c1) {
-  const int64_t full = row1 < rows.count ? row1 : rows.count;
-  int64_t r = row0;
-  for (; r + kRows <= full; r += kRows) {
-    for (int64_t c = c0; c < c1; c += kLanes) {
-      const auto p = body.column_params(c);
-      for (int u = 0; u < kRows; ++u) {
-        const int64_t i = (r + u) * rows.width + c;
-        body.template map<true>(p, i, i / kLanes, kLanes);
-      }
-    }
-  }
-  for (; r < row1; ++r) {
+  for (int64_t r = row0; r < row1; ++r) {
     const int64_t end = r < rows.count ? c1 : (rows.tail < c1 ? rows.tail : c1);
-    for (int64_t c = c0; c < end; c += kLanes) {
-      const auto p = body.column_params(c);
+    int64_t c = c0;
+    for (; c + kLanes <= end; c += kLanes) {
       const int64_t i = r * rows.width + c;
-      if (c + kLanes <= end) {
-        body.template map<true>(p, i, i / kLanes, kLanes);
-      } else {
-        body.template map<false>(p, i, i / kLanes, static_cast<int>(end - c));
-      }
+      body.template map<true>(body.column_params(c), i, i / kLanes, kLanes);
+    }
+    if (c < end) {
+      const int64_t i = r * rows.width + c;
+      body.template map<false>(body.column_params(c), i, i / kLanes, static_cast<int>(end - c));
     }
   }
 }
@@ -99,7 +89,8 @@ FUSEDRES_INLINE void map_planes(const Body& body, const Planes& planes, int64_t 
   }
 }
 
-// Adds to sums[k][c], for every column in [c0, c1), the sums over the rows of the body's kSums quantities.
+// Adds to sums[k][c], for every column in [c0, c1), the sums over the rows of the body's kSums quantities. Sums of
+// Body::kTile rows at most are taken in the compute type; they are added up in double.
 template <int kRows, class Body>
 FUSEDRES_INLINE void reduce_rows(
     const Body& body, const Rows& rows, int64_t row0, int64_t row1, int64_t c0, int64_t c1, double* const* sums) {
@@ -110,8 +101,8 @@ FUSEDRES_INLINE void reduce_rows(
   const int64_t full = row1 < rows.count ? row1 : rows.count;
   for (int64_t chunk = c0; chunk < c1; chunk += kColumnChunk) {
     const int64_t end = chunk + kColumnChunk < c1 ? chunk + kColumnChunk : c1;
-    for (int64_t row = row0; row < row1; row += kTileRows) {
-      const int64_t tile_end = row + kTileRows < row1 ? row + kTileRows : row1;
+    for (int64_t row = row0; row < row1; row += Body::kTile) {
+      const int64_t tile_end = row + Body::kTile < row1 ? row + Body::kTile : row1;
       const int64_t full_end = tile_end < full ? tile_end : full;
       for (int k = 0; k < K; ++k) std::memset(tile[k], 0, (end - chunk) * sizeof(Scalar));
       int64_t r = row;
@@ -150,7 +141,8 @@ FUSEDRES_INLINE void reduce_rows(
   }
 }
 
-// Adds to sums[k][c], for every channel in [c0, c1), the sums over the planes n0 <= n < n1.
+// Adds to sums[k][c], for every channel in [c0, c1), the sums over the planes n0 <= n < n1. Sums of Body::kTile vectors at
+// most are taken in the compute type, lane by lane; they are added up in double.
 template <class Body>
 FUSEDRES_INLINE void reduce_planes(
     const Body& body, const Planes& planes, int64_t n0, int64_t n1, int64_t c0, int64_t c1, double* const* sums) {
@@ -158,36 +150,25 @@ FUSEDRES_INLINE void reduce_planes(
   using Vec = typename Body::Vec;
   constexpr int K = Body::kSums;
   constexpr int kUnroll = kTogether<Scalar>;
-  alignas(64) Scalar partial[kPlaneGroup][K][kLanes];
+  alignas(64) double lanes[kPlaneGroup][K][kLanes];
   const int64_t words = (planes.area + kLanes - 1) / kLanes;
   const int64_t full = planes.area / kLanes;
   const int rest = static_cast<int>(planes.area % kLanes);
-  const bool long_planes = words >= kFlushVectors;
   for (int64_t group = c0; group < c1; group += kPlaneGroup) {
     const int64_t end = group + kPlaneGroup < c1 ? group + kPlaneGroup : c1;
-    std::memset(partial, 0, sizeof partial);
-    const auto flush = [&](int64_t c) {
-      for (int k = 0; k < K; ++k) {
-        Scalar* lanes = partial[c - group][k];
-        double total = 0.0;
-        for (int i = 0; i < kLanes; ++i) total += static_cast<double>(lanes[i]);
-        sums[k][c] += total;
-        std::memset(lanes, 0, sizeof partial[0][0]);
-      }
-    };
-    int64_t pending = 0;
+    std::memset(lanes, 0, sizeof lanes);
     for (int64_t n = n0; n < n1; ++n) {
       for (int64_t c = group; c < end; ++c) {
         const auto p = body.channel_params(c);
         const int64_t plane = n * planes.channels + c;
         const int64_t i = plane * planes.area;
         const int64_t word = plane * words;
-        for (int64_t j0 = 0; j0 < words; j0 += kUnroll * kFlushVectors) {
+        for (int64_t j0 = 0; j0 < words; j0 += Body::kTile) {
           Vec s[kUnroll][K];
           for (int u = 0; u < kUnroll; ++u) {
             for (int k = 0; k < K; ++k) s[u][k] = broadcast(Scalar(0));
           }
-          const int64_t limit = j0 + kUnroll * kFlushVectors;
+          const int64_t limit = j0 + Body::kTile;
           const int64_t stop = limit < full ? limit : full;
           int64_t j = j0;
           for (; j + kUnroll <= stop; j += kUnroll) {
@@ -199,18 +180,20 @@ FUSEDRES_INLINE void reduce_planes(
           if (rest && limit >= words) body.template accumulate<false>(p, s[0], i + full * kLanes, word + full, rest);
           for (int k = 0; k < K; ++k) {
             for (int u = 1; u < kUnroll; ++u) s[0][k] = s[0][k] + s[u][k];
-            add_to(partial[c - group][k], s[0][k]);
+            Scalar narrow[kLanes];
+            store(narrow, s[0][k]);
+            for (int l = 0; l < kLanes; ++l) lanes[c - group][k][l] += static_cast<double>(narrow[l]);
           }
-          if (long_planes) flush(c);
         }
       }
-      pending += words;
-      if (pending >= kFlushVectors && !long_planes) {
-        for (int64_t c = group; c < end; ++c) flush(c);
-        pending = 0;
+    }
+    for (int64_t c = group; c < end; ++c) {
+      for (int k = 0; k < K; ++k) {
+        double total = 0.0;
+        for (int l = 0; l < kLanes; ++l) total += lanes[c - group][k][l];
+        sums[k][c] += total;
       }
     }
-    for (int64_t c = group; c < end; ++c) flush(c);
   }
 }
 

@@ -54,7 +54,8 @@ def _reference_statistics(
     if training:
         x64 = x.double()
         mean = x64.mean(_DIMS)
-        mean = mean + (x64 - _per_channel(mean)).mean(_DIMS)  # exact for a constant channel
+        rest = (x64 - _per_channel(mean)).mean(_DIMS)
+        mean = mean + torch.where(rest.isfinite(), rest, 0.0)  # exact for a constant channel
         var = (x64 - _per_channel(mean)).square().mean(_DIMS)
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
