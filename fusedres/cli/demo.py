@@ -30,7 +30,7 @@ def add_parser(subparsers: Any) -> None:
         "--epochs",
         type=int,
         metavar="N",
-        help=f"epochs (10; {WANTED_ACCURACY:.0%} accuracy is only required from there)",
+        help=f"epochs (12; {WANTED_ACCURACY:.0%} accuracy is only required from there)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--amp", choices=("bf16", "off"), default="off", help="autocast (%(default)s)")

@@ -18,7 +18,7 @@ class TrainingError(RuntimeError):
 
 # What a data set is trained with unless told otherwise.
 PRESETS: dict[str, dict[str, Any]] = {
-    "digits": {"epochs": 10, "batch_size": 64, "lr": 0.05, "weight_decay": 5e-4, "warmup_epochs": 2.0},
+    "digits": {"epochs": 12, "batch_size": 64, "lr": 0.05, "weight_decay": 5e-4, "warmup_epochs": 2.0},
     "cifar10": {"epochs": 100, "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4},
     "imagefolder": {
         "model": "resnet18",
@@ -38,7 +38,7 @@ class TrainConfig:
 
     data: str = "digits"
     model: str = "resnet20"
-    epochs: int = 10
+    epochs: int = 12
     batch_size: int = 64  # images per step and process
     lr: float = 0.05
     momentum: float = 0.9
