@@ -21,7 +21,8 @@ CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.installed-demo  ## train a ResNet-20 twice, eager and fused: out/demo.png (ARGS=--quick for a short one)
+# what the tests need includes what the demo needs
+demo: $(or $(wildcard $(VENV)/.installed-test),$(VENV)/.installed-demo)  ## train a ResNet-20 twice, eager and fused: out/demo.png (ARGS=--quick for a short one)
 	$(VENV)/bin/fusedres demo --out out $(ARGS)
 
 test: $(VENV)/.installed-test  ## the tests that CI runs (ARGS="-k add_act" for some)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -184,3 +185,36 @@ def test_sdist(source_tree, build_environment, python, tmp_path):
     assert wanted - inside == set()
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", "Makefile"} <= inside
     assert [name for name in inside if name.endswith((".so", ".pyc", "_build.json"))] == []
+
+
+def check_wheel(folder: Path) -> None:
+    (wheel,) = folder.glob("fusedres-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"fusedres"}  # and its .dist-info
+    assert {"fusedres/_ops_cpu.so", "fusedres/kernels/__init__.py", "fusedres/kernels/add_act.py"} <= names
+    assert any(name.startswith("fusedres/_C.") for name in names)
+    assert not any("csrc" in name or "tests" in name for name in names)
+
+
+@pytest.mark.slow
+def test_isolated_build_reuses_torch(small_source_tree, build_environment, python, tmp_path):
+    """``pip install .``: what pip downloads for it is small, for torch's headers come from the environment."""
+    command = ["-m", "pip", "wheel", "-v", "--no-deps", "--wheel-dir", tmp_path / "wheels", small_source_tree]
+    result = python(*command, env=build_environment)
+    assert result.returncode == 0, result.stdout
+    assert "Installing build dependencies" in result.stdout  # those of pyproject.toml
+    assert "Installing backend dependencies" not in result.stdout  # those that build_native adds: none
+    check_wheel(tmp_path / "wheels")
+
+
+@pytest.mark.slow
+def test_build_frontend(small_source_tree, build_environment, python, tmp_path):
+    """``python -m build``: sdist, and a wheel from it, in an environment of its own, which needs a torch."""
+    version = torch.__version__.partition("+")[0]
+    constraint = tmp_path / "constraint.txt"
+    constraint.write_text(f"torch=={version}\n")
+    environ = {**build_environment, "PIP_CONSTRAINT": str(constraint)}
+    result = python("-m", "build", "--outdir", tmp_path / "wheels", small_source_tree, env=environ)
+    assert result.returncode == 0, result.stdout
+    check_wheel(tmp_path / "wheels")
