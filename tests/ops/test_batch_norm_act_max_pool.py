@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -233,3 +236,24 @@ def test_change_in_place_before_backward_raises(name, backend, norm_arguments) -
         (x if name == "x" else arguments[2]).add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+def test_window_without_elements(backend) -> None:
+    """All of a window in the padding (dilation > size): -inf as in eager, no gradient; eager's is out of bounds."""
+    code = """
+import torch
+from fusedres import functional as F
+for memory_format in (torch.contiguous_format, torch.channels_last):
+    for act in ("relu", None):
+        for _ in range(20):
+            x = torch.randn(2, 3, 1, 6).contiguous(memory_format=memory_format).requires_grad_()
+            window = dict(kernel_size=2, stride=2, padding=1, dilation=2)
+            y = F.batch_norm_act_max_pool(x, torch.zeros(3), torch.ones(3), training=True, act=act, **window)
+            assert (y == -torch.inf).all()
+            (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+            assert dx.isfinite().all(), dx
+            assert act is None or (dx == 0).all(), dx
+"""
+    environment = os.environ | {"FUSEDRES_BACKEND": backend, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, (done.returncode, done.stderr[-1000:])
