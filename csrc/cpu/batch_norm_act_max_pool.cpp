@@ -257,17 +257,23 @@ void backward_rows(const PoolArgs<T>& a, const Pooling& p, int64_t begin, int64_
 
 // ---- contiguous ----
 
-// The last rows of one plane, normalised: y, and x - mean behind it.
+// The last rows of one plane, normalised and split by column modulo stride (see Pooling): y, and x - mean behind it. Where
+// there is padding y is minus infinity, which never wins.
 template <class T>
 class PlaneRing {
  public:
   using S = ScalarFor<T>;
 
   FUSEDRES_INLINE PlaneRing(const PoolArgs<T>& a, const Pooling& p, S* memory)
-      : a_(a), p_(p), width_(padded(p.width)), memory_(memory) {}
+      : a_(a), p_(p), length_(p.row_length()), memory_(memory), unsplit_(memory + 2 * p.span_h() * length_) {
+    for (int64_t i = 0; i < p.span_h() * length_; ++i) {
+      memory_[i] = -S(INFINITY);
+      memory_[i + p.span_h() * length_] = S(0);
+    }
+  }
 
-  FUSEDRES_INLINE const S* row(int64_t ih) const { return memory_ + (ih % p_.span_h()) * width_; }
-  FUSEDRES_INLINE const S* centred_row(int64_t ih) const { return row(ih) + p_.span_h() * width_; }
+  FUSEDRES_INLINE const S* row(int64_t ih) const { return memory_ + (ih % p_.span_h()) * length_; }
+  FUSEDRES_INLINE int64_t centred_offset() const { return p_.span_h() * length_; }
   FUSEDRES_INLINE void start(int64_t plane) {
     plane_ = plane;
     first_ = filled_ = 0;
@@ -284,71 +290,70 @@ class PlaneRing {
     const auto scale = broadcast(a_.bn.scale[c]);
     const auto shift = broadcast(a_.bn.shift[c]);
     const T* x = a_.x + (plane_ * p_.height + ih) * p_.width;
-    S* y = memory_ + (ih % p_.span_h()) * width_;
+    S* centred_unsplit = unsplit_ + padded(p_.width);
     for (int64_t iw = 0; iw < p_.width; iw += kLanes) {
       const auto v = iw + kLanes <= p_.width ? load(x + iw) : load_n(x + iw, static_cast<int>(p_.width - iw));
       const auto centred = v - mean;
-      store(y + iw, stored_as(a_.x, fma(centred, scale, shift)));
-      store(y + iw + p_.span_h() * width_, centred);
+      store(unsplit_ + iw, stored_as(a_.x, fma(centred, scale, shift)));
+      store(centred_unsplit + iw, centred);
+    }
+    S* y = memory_ + (ih % p_.span_h()) * length_ + p_.part_margin();
+    if (p_.stride_w == 2) {
+      split<2>(unsplit_, y);
+      split<2>(centred_unsplit, y + centred_offset());
+    } else {
+      split<0>(unsplit_, y);
+      split<0>(centred_unsplit, y + centred_offset());
+    }
+  }
+  template <int kStride>
+  FUSEDRES_INLINE void split(const S* from, S* to) const {
+    const int64_t stride = kStride ? kStride : p_.stride_w;
+    const int64_t part = p_.part_length();
+    for (int64_t phase = 0; phase < stride; ++phase) {
+      const int64_t count = (p_.width - phase + stride - 1) / stride;
+      for (int64_t j = 0; j < count; ++j) to[phase * part + j] = from[phase + j * stride];
     }
   }
 
   const PoolArgs<T>& a_;
   const Pooling& p_;
-  const int64_t width_;
+  const int64_t length_;
   S* const memory_;
+  S* const unsplit_;
   int64_t plane_ = 0;
   int64_t first_ = 0, filled_ = 0;
 };
-
-// Walks the windows of one output row tap by tap: f(ow, value, kernel position, input column) for ow in [begin, end) with the
-// tap inside the input. A known stride lets the compiler vectorise the inner loop.
-template <int kStride, class S, class F>
-FUSEDRES_INLINE void for_each_tap(const Pooling& p, const S* y, int64_t kh, const F& f) {
-  const int64_t stride = kStride ? kStride : p.stride_w;
-  for (int64_t kw = 0; kw < p.kernel_w; ++kw) {
-    const int64_t offset = kw * p.dilation_w - p.pad_w;
-    const int64_t begin = offset < 0 ? (-offset + stride - 1) / stride : 0;
-    const int64_t fitting = offset < p.width ? (p.width - offset + stride - 1) / stride : 0;
-    const int64_t end = fitting < p.out_width ? fitting : p.out_width;
-    const S position = static_cast<S>(kh * p.kernel_w + kw);
-    for (int64_t ow = begin; ow < end; ++ow) f(ow, y[ow * stride + offset], position, ow * stride + offset);
-  }
-}
-
-template <class S, class F>
-FUSEDRES_INLINE void for_each_tap_of_any_stride(const Pooling& p, const S* y, int64_t kh, const F& f) {
-  switch (p.stride_w) {
-    case 1:
-      return for_each_tap<1>(p, y, kh, f);
-    case 2:
-      return for_each_tap<2>(p, y, kh, f);
-    default:
-      return for_each_tap<0>(p, y, kh, f);
-  }
-}
 
 template <class T>
 void forward_planes(const PoolArgs<T>& a, const Pooling& p, int64_t begin, int64_t end, ScalarFor<T>* scratch) {
   using S = ScalarFor<T>;
   PlaneRing<T> ring(a, p, scratch);
-  S* best = scratch + 2 * p.span_h() * padded(p.width);
+  const S* lines[kNoWinner];   // the window's rows
+  int64_t offsets[kNoWinner];  // of its columns, in a row
+  for (int64_t kw = 0; kw < p.kernel_w; ++kw) offsets[kw] = p.tap_offset(kw);
   for (int64_t plane = begin; plane < end; ++plane) {
     ring.start(plane);
     for (int64_t oh = 0; oh < p.out_height; ++oh) {
       const int64_t ih0 = oh * p.stride_h - p.pad_h;
       const Taps h = taps(ih0, p.kernel_h, p.dilation_h, p.height);
       ring.need(ih0 + h.first * p.dilation_h, ih0 + (h.last - 1) * p.dilation_h + 1);
-      for (int64_t ow = 0; ow < p.out_width; ++ow) best[ow] = a.relu ? S(0) : -S(INFINITY);
-      for (int64_t kh = h.first; kh < h.last; ++kh) {
-        for_each_tap_of_any_stride(p, ring.row(ih0 + kh * p.dilation_h), kh, [&](int64_t ow, S v, S, int64_t) {
-          best[ow] = v > best[ow] || v != v ? v : best[ow];
-        });
-      }
+      for (int64_t kh = h.first; kh < h.last; ++kh) lines[kh] = ring.row(ih0 + kh * p.dilation_h);
       T* out = a.out + (plane * p.out_height + oh) * p.out_width;
-      int64_t ow = 0;
-      for (; ow + kLanes <= p.out_width; ow += kLanes) store(out + ow, load(best + ow));
-      if (ow < p.out_width) store_n(out + ow, load(best + ow), static_cast<int>(p.out_width - ow));
+      for (int64_t ow = 0; ow < p.out_width; ow += kLanes) {
+        auto best = broadcast(a.relu ? S(0) : -S(INFINITY));
+        for (int64_t kh = h.first; kh < h.last; ++kh) {
+          for (int64_t kw = 0; kw < p.kernel_w; ++kw) {
+            const auto v = load(lines[kh] + offsets[kw] + ow);
+            best = blend(greater_or_nan(v, best), v, best);
+          }
+        }
+        if (ow + kLanes <= p.out_width) {
+          store(out + ow, best);
+        } else {
+          store_n(out + ow, best, static_cast<int>(p.out_width - ow));
+        }
+      }
     }
   }
 }
@@ -359,9 +364,10 @@ void winners_planes(
     double* sum_gx) {
   using S = ScalarFor<T>;
   PlaneRing<T> ring(a, p, scratch);
-  S* best = scratch + 2 * p.span_h() * padded(p.width);
-  S* best_x = best + padded(p.out_width);
-  S* winner = best_x + padded(p.out_width);
+  const int64_t centred = ring.centred_offset();
+  const S* lines[kNoWinner];   // the window's rows
+  int64_t offsets[kNoWinner];  // of its columns, in a row
+  for (int64_t kw = 0; kw < p.kernel_w; ++kw) offsets[kw] = p.tap_offset(kw);
   for (int64_t plane = begin; plane < end; ++plane) {
     ring.start(plane);
     double total_g = 0.0, total_gx = 0.0;
@@ -369,45 +375,43 @@ void winners_planes(
       const int64_t ih0 = oh * p.stride_h - p.pad_h;
       const Taps h = taps(ih0, p.kernel_h, p.dilation_h, p.height);
       ring.need(ih0 + h.first * p.dilation_h, ih0 + (h.last - 1) * p.dilation_h + 1);
-      for (int64_t ow = 0; ow < p.out_width; ++ow) {
-        const Taps w = taps(ow * p.stride_w - p.pad_w, p.kernel_w, p.dilation_w, p.width);
-        best[ow] = -S(INFINITY);
-        winner[ow] = static_cast<S>(h.first * p.kernel_w + w.first);
-        best_x[ow] = ring.centred_row(ih0 + h.first * p.dilation_h)[ow * p.stride_w - p.pad_w + w.first * p.dilation_w];
-      }
-      for (int64_t kh = h.first; kh < h.last; ++kh) {
-        const S* centred = ring.centred_row(ih0 + kh * p.dilation_h);
-        for_each_tap_of_any_stride(
-            p, ring.row(ih0 + kh * p.dilation_h), kh, [&](int64_t ow, S v, S position, int64_t iw) {
-              const bool better = v > best[ow] || v != v;
-              best[ow] = better ? v : best[ow];
-              winner[ow] = better ? position : winner[ow];
-              best_x[ow] = better ? centred[iw] : best_x[ow];
-            });
-      }
+      for (int64_t kh = h.first; kh < h.last; ++kh) lines[kh] = ring.row(ih0 + kh * p.dilation_h);
       const int64_t o = (plane * p.out_height + oh) * p.out_width;
-      S lanes_g[kLanes] = {}, lanes_gx[kLanes] = {};
+      S row_g[kLanes] = {}, row_gx[kLanes] = {};
       for (int64_t ow = 0; ow < p.out_width; ow += kLanes) {
+        auto best = broadcast(-S(INFINITY));
+        auto best_x = broadcast(S(0));
+        auto winner = broadcast(static_cast<S>(kNoWinner));
+        for (int64_t kh = h.first; kh < h.last; ++kh) {
+          for (int64_t kw = 0; kw < p.kernel_w; ++kw) {
+            const S* at = lines[kh] + offsets[kw] + ow;
+            const auto v = load(at);
+            const auto better = greater_or_nan(v, best);
+            best = blend(better, v, best);
+            best_x = blend(better, load(at + centred), best_x);
+            winner = blend(better, broadcast(static_cast<S>(kh * p.kernel_w + kw)), winner);
+          }
+        }
         const int n = static_cast<int>(p.out_width - ow < kLanes ? p.out_width - ow : kLanes);
         auto g = n == kLanes ? load(a.dy + o + ow) : load_n(a.dy + o + ow, n);
-        auto x = load(best_x + ow);
-        x = keep(first_lanes(n, x), x);
-        auto k = load(winner + ow);
         if (a.relu) {
-          const auto open = positive<T>(load(best + ow));
-          k = blend(open, k, broadcast(static_cast<S>(kNoWinner)));
+          const auto open = positive<T>(best);
+          winner = blend(open, winner, broadcast(static_cast<S>(kNoWinner)));
           g = keep(open, g);
         }
-        g = keep(first_lanes(n, g), g);
-        add_to(lanes_g, g);
-        store(lanes_gx, fma(g, x, load(lanes_gx)));
+        if (n < kLanes) {  // what lies behind the last column is not a window
+          g = keep(first_lanes(n, g), g);
+          best_x = keep(first_lanes(n, g), best_x);
+        }
+        add_to(row_g, g);
+        store(row_gx, fma(g, best_x, load(row_gx)));
         uint8_t bytes[kLanes];
-        store_bytes(bytes, k);
+        store_bytes(bytes, winner);
         std::memcpy(a.winners + o + ow, bytes, n);
       }
       for (int i = 0; i < kLanes; ++i) {
-        total_g += static_cast<double>(lanes_g[i]);
-        total_gx += static_cast<double>(lanes_gx[i]);
+        total_g += static_cast<double>(row_g[i]);
+        total_gx += static_cast<double>(row_gx[i]);
       }
     }
     sum_g[plane % p.channels] += total_g;

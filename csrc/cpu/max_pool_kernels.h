@@ -14,6 +14,22 @@ struct Pooling {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
 
   int64_t span_h() const { return (kernel_h - 1) * dilation_h + 1; }
+
+  // The plane kernels keep a row split by column modulo stride, so that the columns that one tap of the windows reads are
+  // consecutive. Each part has room for the taps that fall into the padding, on the left and on the right.
+  int64_t part_margin() const { return (pad_w + stride_w - 1) / stride_w; }
+  int64_t part_length() const {
+    const int64_t read = out_width + kLanes + (kernel_w - 1) * dilation_w / stride_w + 1;
+    const int64_t written = (width + stride_w - 1) / stride_w;
+    return (part_margin() + (read > written ? read : written) + kLanes - 1) / kLanes * kLanes;
+  }
+  int64_t row_length() const { return stride_w * part_length(); }
+  // Where tap kw of output column 0 lies in a row.
+  int64_t tap_offset(int64_t kw) const {
+    const int64_t column = kw * dilation_w - pad_w;
+    const int64_t index = column >= 0 ? column / stride_w : -((-column + stride_w - 1) / stride_w);
+    return (column - index * stride_w) * part_length() + part_margin() + index;
+  }
 };
 
 template <class T>
@@ -51,7 +67,7 @@ inline int64_t scratch_scalars(const Pooling& p, bool channels_last) {
   constexpr int64_t lanes = kLanes;
   const auto padded = [](int64_t n) { return (n + lanes - 1) / lanes * lanes; };
   if (channels_last) return 2 * p.span_h() * p.width * padded(p.channels) + 2 * padded(p.channels);
-  return 2 * p.span_h() * padded(p.width) + 3 * padded(p.out_width) + padded(p.height * p.width);
+  return 2 * p.span_h() * p.row_length() + 2 * padded(p.width) + padded(p.out_width) + padded(p.height * p.width);
 }
 
 #define FUSEDRES_DECLARE_MAX_POOL(isa)           \
