@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from .bench_memory import SAVED, measure_faults, measure_saved
+from .bench_memory import SAVED, WARM_STEPS, measure_faults, measure_saved
 from .bench_overhead import FORMS, SmallCall, measure_overhead, measure_small, small_cases
 from .bench_resnet import measure_steps
 from .cases import Case, Measurement, measure
@@ -135,7 +135,7 @@ def threads_bars(run: Run) -> list[Bar]:
                 f"wall clock, within 3 % counts; load average before {load:.2f}",
             )
         )
-        run.say(str(bars[-1]))
+        run.say(f"{bars[-1].what}: {bars[-1].measured}, wanted {bars[-1].bar}")
     run.results["threads"] = rows
     return bars
 
@@ -195,7 +195,7 @@ def memory_bars(run: Run) -> list[Bar]:
                 f"{row['fused_mb']:.1f} MB, eager {row['eager_mb']:.1f} MB",
             )
         )
-        run.say(str(bars[-1]))
+        run.say(f"{bars[-1].what}: {bars[-1].measured}, wanted {bars[-1].bar}")
     kinds = ("fusedres",) if run.quick else ("eager", "fusedres")
     faults = measure_faults(kinds, dtype="bfloat16" if run.quick else "float32", steps=3 if run.quick else 11)
     for row in faults:
@@ -210,7 +210,7 @@ def memory_bars(run: Run) -> list[Bar]:
         bars += [
             Bar(
                 "memory",
-                f"{kind}: faulted per step with reuse_host_memory, after {10} steps",
+                f"{kind}: faulted per step with reuse_host_memory, after {WARM_STEPS} steps",
                 f"< {FAULT_BAR_MB:.0f} MB",
                 f"{kept['fault_mb_per_step']:.3f} MB",
                 kept["fault_mb_per_step"] < FAULT_BAR_MB,
