@@ -101,6 +101,14 @@ def find_cxx() -> str | None:
     return next(filter(None, map(shutil.which, names)), None)
 
 
+def find_ninja() -> list[str]:
+    """The ninja of ``PATH``, or the package of this interpreter, whose environment need not be activated."""
+    on_path = shutil.which("ninja")
+    if on_path is None and importlib.util.find_spec("ninja") is None:
+        raise BuildError("ninja is not found: pip install ninja, or drop --no-build-isolation")
+    return [on_path] if on_path else [sys.executable, "-m", "ninja"]
+
+
 def accepts(cxx: str, flags: list[str]) -> bool:
     command = [cxx, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
@@ -220,6 +228,8 @@ class BuildNative(build_ext):
             got = f"torch {'.'.join(map(str, torch_version(old)))} in {old}" if old else "no torch"
             remedy = "install it, or drop --no-build-isolation"
             raise BuildError(f"fusedres needs torch>={wanted} to build, found {got}; {remedy}")
+        if importlib.util.find_spec("pybind11") is None:
+            raise BuildError("pybind11 is not found: pip install pybind11, or drop --no-build-isolation")
         missing = {}
         if not Path(sysconfig.get_path("include"), "Python.h").exists():
             missing["fusedres._C"] = "Python.h not found; install Python's development headers (python3-dev)"
@@ -272,7 +282,7 @@ class BuildNative(build_ext):
         (ROOT / self.directory).mkdir(parents=True, exist_ok=True)
         (ROOT / self.directory / "build.ninja").write_text("\n".join([*self.ninja.lines, ""]))
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-        command = [shutil.which("ninja") or "ninja", "-f", f"{self.directory}/build.ninja", "-j", jobs]
+        command = [*find_ninja(), "-f", f"{self.directory}/build.ninja", "-j", jobs]
         if subprocess.run(command, cwd=ROOT, check=False).returncode:
             raise BuildError("the native libraries did not compile; the compiler's messages are above")
         for name, library in libraries.items():

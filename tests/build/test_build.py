@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -154,6 +155,16 @@ def test_torch_too_old_to_build(command, build_native, monkeypatch, tmp_path):
     assert build_native.build_requirements() == ["torch>=2.10"]
     (tmp_path / "torch" / "version.py").write_text("__version__ = '2.10.0+cpu'\n")
     assert build_native.build_requirements() == []
+
+
+def test_ninja_of_an_environment_that_is_not_activated(build_native, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    command = build_native.find_ninja()
+    assert command == [sys.executable, "-m", "ninja"]
+    subprocess.run([*command, "--version"], check=True)
+    monkeypatch.setattr(build_native.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(build_native.BuildError, match="pip install ninja"):
+        build_native.find_ninja()
 
 
 def test_max_jobs(small_source_tree, build_environment, tmp_path, python):
