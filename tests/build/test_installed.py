@@ -127,7 +127,7 @@ class TestCudaLibrary:
 
     @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
     def test_wide_accesses(self, cuobjdump, arch):
-        """The 16-byte variants load and store 16 bytes, with most loads of a thread in flight at once."""
+        """The 16-byte variants load and store 16 bytes, at least half of a thread's loads before its first store."""
         functions = re.split(r"\n\s*Function : ", cuobjdump("-sass", "-arch", arch))[1:]
         widths = {"N3c108BFloat16E": 8, "N3c104HalfE": 8, "f": 4, "d": 2}
         checked = 0
@@ -137,7 +137,7 @@ class TestCudaLibrary:
                 continue
             accesses = "".join(re.findall(r"\b(LD|ST)G\.E(?:\.\w+)*?\.128\b", function))
             loads = 4 if match[1] else 8
-            assert "LD" * (loads * 3 // 4) in accesses, f"{function.splitlines()[0]}: {accesses}"
+            assert "LD" * (loads // 2) in accesses, f"{function.splitlines()[0]}: {accesses}"
             assert accesses.count("LD") >= loads
             assert accesses.count("ST") >= 4
             checked += 1
