@@ -18,7 +18,7 @@ def measure_steps(
     """Gate, then time whole steps against each other."""
     steps = {kind: Step(model, kind, dtype, batch) for kind in kinds}
     gate(model, dtype, steps)
-    options = {"min_rounds": 21, "max_rounds": 41, "max_seconds": 90.0, "precision": 0.004} | options
+    options = {"min_rounds": 13, "max_rounds": 41, "max_seconds": 90.0, "precision": 0.004} | options
     return compare(dict(steps), warmup=2, clock=clock, lead_in=False, **options)
 
 
