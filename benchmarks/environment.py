@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -79,6 +80,7 @@ def environment(memory_regime: str) -> dict[str, Any]:
         "served_by": {op: row["cpu"]["served_by"] for op, row in info["ops"].items()},
         "threads": torch.get_num_threads(),
         "memory_regime": memory_regime,
+        "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "fusedres": fusedres.__version__,

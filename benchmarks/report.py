@@ -32,7 +32,8 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _where(env: dict[str, Any]) -> str:
     return (
         f"{env['cpu']}, {env['threads']} thread, memory {env['memory_regime']}, torch {env['torch']},"
-        f" fusedres {env['fusedres']} ({env['fusedres_cpu_capability']}), commit {env['commit']}"
+        f" fusedres {env['fusedres']} ({env['fusedres_cpu_capability']}), commit {env['commit']},"
+        f" load average {env['load_average']}"
     )
 
 
