@@ -35,10 +35,12 @@ from .ops.checks import (
     check_act,
     check_addend,
     check_batch_norm,
+    check_bool,
     check_max_pool,
     check_not_inference,
     check_tensor,
     pair,
+    pooled_size,
 )
 from .ops.layout import dense, laid_out_like
 
@@ -85,6 +87,11 @@ def _natively(op: registry.Op, x: Any, act: str | None) -> bool:
         and not _is_traced()
         and x.is_cpu
     )
+
+
+def _distinct(t: Tensor, x: Tensor) -> Tensor:
+    """``t``; while compiling a view of it if it is ``x``: Dynamo refuses a Function that is given one tensor twice."""
+    return t.view_as(t) if t is x and torch.compiler.is_compiling() else t
 
 
 def _check_saved(x: Tensor, *others: Tensor | None) -> None:
@@ -166,7 +173,9 @@ def batch_norm_act(
     norm = (weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
     try:
         if _natively(BATCH_NORM_ACT, x, act):
-            return _batch_norm_act(x, residual, norm, act, BATCH_NORM_ACT.cpu, BATCH_NORM_ACT_BACKWARD.cpu)
+            out = _batch_norm_act(x, residual, norm, act, BATCH_NORM_ACT.cpu, BATCH_NORM_ACT_BACKWARD.cpu)
+            if out.is_cpu:  # a meta tensor among the arguments takes the whole call to the fake kernel
+                return out
     except _REFUSED:
         pass
 
@@ -206,7 +215,7 @@ def _batch_norm_act(
     _check_statistics(training, running_mean, running_var)
     x = dense(x)
     if residual is not None:
-        residual = laid_out_like(residual, x)
+        residual = _distinct(laid_out_like(residual, x), x)
     if not _requires_grad(x, residual, weight, bias):
         return op(x, residual, *norm, act == "relu", False)[0]
     if not torch.compiler.is_compiling():
@@ -284,15 +293,12 @@ def batch_norm_add_batch_norm_act(
         )
     try:
         if _natively(BATCH_NORM_ADD_BATCH_NORM_ACT, x, act):
-            return _batch_norm_add_batch_norm_act(
-                x,
-                first,
-                x2,
-                second,
-                act,
-                BATCH_NORM_ADD_BATCH_NORM_ACT.cpu,
-                BATCH_NORM_ADD_BATCH_NORM_ACT_BACKWARD.cpu,
+            backward_op = BATCH_NORM_ADD_BATCH_NORM_ACT_BACKWARD.cpu
+            out = _batch_norm_add_batch_norm_act(
+                x, first, x2, second, act, BATCH_NORM_ADD_BATCH_NORM_ACT.cpu, backward_op
             )
+            if out.is_cpu:
+                return out
     except _REFUSED:
         pass
 
@@ -320,7 +326,7 @@ def _batch_norm_add_batch_norm_act(
     _check_statistics(first[5], *first[2:4], *second[2:4])
     _check_statistics(second[5])
     x = dense(x)
-    x2 = laid_out_like(x2, x)
+    x2 = _distinct(laid_out_like(x2, x), x)
     arguments = (x, *first, x2, *second, act == "relu")
     saved = (*first[:2], x2, *second[:2])
     if not _requires_grad(x, *saved):
@@ -392,25 +398,45 @@ def batch_norm_act_max_pool(
     norm = (weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
     try:
         if _natively(BATCH_NORM_ACT_MAX_POOL, x, act):
-            return _batch_norm_act_max_pool(
-                x, norm, act, (*window, ceil_mode), BATCH_NORM_ACT_MAX_POOL.cpu, BATCH_NORM_ACT_MAX_POOL_BACKWARD.cpu
-            )
+            check_bool("ceil_mode", ceil_mode)
+            backward_op = BATCH_NORM_ACT_MAX_POOL_BACKWARD.cpu
+            out = _batch_norm_act_max_pool(x, norm, act, (*window, ceil_mode), BATCH_NORM_ACT_MAX_POOL.cpu, backward_op)
+            if out.is_cpu:
+                return out
     except _REFUSED:
         pass
 
     check_act(act)
     check_batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    check_bool("ceil_mode", ceil_mode)
     check_max_pool(x, *window, ceil_mode)
     op = registry.serve(BATCH_NORM_ACT_MAX_POOL, x)
-    # Windows that the kernels cannot number, or that may lie in the padding altogether.
-    unfusable = kernel[0] * kernel[1] > _MOST_TAPS or x.size(2) < window[3][0] or x.size(3) < window[3][1]
-    if op is None or unfusable or _is_traced() or x.numel() == 0:
+    if x.size(2) < window[3][0] or x.size(3) < window[3][1]:
+        y = _activated(eager_batch_norm(x, *norm), act)
+        return _max_pool_of_padding(y, *window, ceil_mode)
+    if op is None or kernel[0] * kernel[1] > _MOST_TAPS or _is_traced() or x.numel() == 0:
         check_not_inference({"x": x, "weight": weight})
         return F.max_pool2d(_activated(eager_batch_norm(x, *norm), act), *window, ceil_mode)
 
     check_not_inference({"x": x, "weight": weight, "bias": bias})
     backward_op = registry.serve(BATCH_NORM_ACT_MAX_POOL_BACKWARD, x)
     return _batch_norm_act_max_pool(x, norm, act, (*window, ceil_mode), op, backward_op)
+
+
+def _max_pool_of_padding(
+    y: Tensor,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    ceil_mode: bool,
+) -> Tensor:
+    """``max_pool2d`` for windows that may lie in the padding altogether, where ATen's backward writes out of bounds."""
+    size = [
+        pooled_size(*args, ceil_mode) for args in zip(y.shape[2:], kernel, stride, padding, dilation, strict=True)
+    ]
+    padded = F.pad(y, (padding[1], padding[1], padding[0], padding[0]), value=-float("inf"))
+    return F.max_pool2d(padded, kernel, stride, 0, dilation, ceil_mode)[:, :, : size[0], : size[1]]
 
 
 def _batch_norm_act_max_pool(
@@ -454,7 +480,7 @@ def add_act(x: Tensor, residual: Tensor, *, act: str | None = "relu") -> Tensor:
         return _activated(x + residual, act)
     if not _requires_grad(x, residual):
         return op(x, residual, True, False)[0]
-    return AddActFunction.apply(x, residual, op, registry.serve(ADD_ACT_BACKWARD, x))
+    return AddActFunction.apply(x, _distinct(residual, x), op, registry.serve(ADD_ACT_BACKWARD, x))
 
 
 def _check_add(x: Any, residual: Any) -> None:

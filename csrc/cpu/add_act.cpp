@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor> add_act_cpu(Tensor x, Tensor residual, bool relu, boo
   dispatch(x.scalar_type(), [&]<class T>(T*) {
     const AddArgs<T> args{
         data<T>(x), data<T>(residual), data<T>(out), save_mask ? data<uint16_t>(mask) : nullptr,
-        relu, streams(numel * static_cast<int64_t>(sizeof(T)))};
+        relu, streams<T>(numel)};
     for_each_piece(numel, [&](int64_t begin, int64_t end) { add_act_kernels<T>().add(args, begin, end); });
   });
   return {out, mask};
@@ -142,7 +142,7 @@ Tensor add_act_backward_cpu(Tensor dy, Tensor mask) {
   Tensor dx = uninitialized_like(dy);
   dispatch(dy.scalar_type(), [&]<class T>(T*) {
     const MaskArgs<T> args{
-        data<T>(dy), data<uint16_t>(mask), data<T>(dx), streams(numel * static_cast<int64_t>(sizeof(T)))};
+        data<T>(dy), data<uint16_t>(mask), data<T>(dx), streams<T>(numel)};
     for_each_piece(numel, [&](int64_t begin, int64_t end) { add_act_kernels<T>().mask_gradient(args, begin, end); });
   });
   return dx;

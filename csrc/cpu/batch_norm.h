@@ -88,6 +88,7 @@ inline void check_norm(const NormArguments& a, const Tensor& x, const Layout4d& 
     STD_TORCH_CHECK(a.eps > 0, "eps must be positive during training");
     STD_TORCH_CHECK(a.running_mean.has_value() == a.running_var.has_value(), "running_mean and running_var go together");
   } else {
+    STD_TORCH_CHECK(!(a.eps < 0), "eps must be non-negative");
     STD_TORCH_CHECK(a.running_mean && a.running_var, "evaluation needs running_mean and running_var");
   }
   if (a.num_batches_tracked) {
@@ -223,12 +224,13 @@ class Norm {
     const int64_t channels = tiling_.layout.channels;
     const double count = static_cast<double>(tiling_.layout.pixels());
     for (int64_t c = c0; c < c1; ++c) {
-      double n = 0.0, m = 0.0, m2 = 0.0;
+      double n = 0.0, m = 0.0, m2 = 0.0, sum = 0.0;
       for (int64_t block = 0; block < tiling_.blocks; ++block) {
         for (int64_t column = c; column < tiling_.columns; column += channels) {
           const double block_n = tiling_.count(block, column);
           if (block_n == 0.0) continue;
           const int64_t i = block * tiling_.columns + column;
+          sum += mean_[i] * block_n;
           if (n == 0.0) {
             n = block_n;
             m = mean_[i];
@@ -241,7 +243,8 @@ class Norm {
           m2 += m2_[i] + delta * delta * (block_n * (n - block_n) / n);
         }
       }
-      mean[c - c0] = m;
+      // With Inf in x, deviations from an infinite mean are NaN, but the mean itself is not.
+      mean[c - c0] = std::isfinite(m) ? m : sum / count;
       var[c - c0] = m2 / count;
     }
     if (!running_mean_) return;
@@ -334,7 +337,7 @@ class NormBackward {
   // With sum_g per block and column, for channels [c0, c1); `reduced` says whether the sums were taken at all.
   void finish(const double* sum_g, bool reduced, int64_t c0, int64_t c1) {
     const int64_t channels = tiling_.layout.channels;
-    const double per_count = training ? 1.0 / static_cast<double>(tiling_.layout.pixels()) : 0.0;
+    const double per_count = 1.0 / static_cast<double>(tiling_.layout.pixels());
     for_each_chunk(c0, c1, [&](int64_t begin, int64_t end) {
       double g[kChannelChunk] = {}, gx[kChannelChunk] = {};
       if (reduced) {
@@ -348,7 +351,8 @@ class NormBackward {
           }
         }
         for (int64_t c = begin; c < end; ++c) {
-          gx[c - begin] -= static_cast<double>(stats_[2 * channels + c]) * g[c - begin];
+          const double correction = static_cast<double>(stats_[2 * channels + c]) * g[c - begin];
+          if (std::isfinite(correction)) gx[c - begin] -= correction;
         }
         if (dbias_) dbias_.write(begin, end, g);
       }
@@ -357,11 +361,13 @@ class NormBackward {
         const double mean_low = stats_[2 * channels + c];
         const double scale = params_.scale[c];
         const double dweight = gx[c - begin] * rstd;
-        const double of_x = -scale * rstd * dweight * per_count;
+        // In evaluation exactly zero, whatever the sums are.
+        const double of_x = training ? -scale * rstd * dweight * per_count : 0.0;
+        const double of_one = training ? -scale * g[c - begin] * per_count - of_x * mean_low : 0.0;
         gx[c - begin] = dweight;
         of_g_[c] = params_.scale[c];
         of_x_[c] = static_cast<S>(of_x);
-        constant_[c] = static_cast<S>(-scale * g[c - begin] * per_count - of_x * mean_low);
+        constant_[c] = static_cast<S>(of_one);
       }
       if (reduced && dweight_) dweight_.write(begin, end, gx);
     });

@@ -542,7 +542,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_cpu(
     args.out = data<T>(out);
     args.mask = save_mask ? data<uint16_t>(mask) : nullptr;
     args.relu = relu;
-    args.stream = layout.channels_last && streams(layout.numel() * sizeof(T));
+    args.stream = layout.channels_last && streams<T>(layout.numel());
     Norm<T>* norms[] = {&norm};
     run_forward(args, tiling, norms, 1);
   });
@@ -579,7 +579,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_cpu(
     args.dx = need_dx ? data<T>(dx) : nullptr;
     args.dresidual = need_dresidual ? data<T>(dresidual) : nullptr;
     args.uses_x = training;
-    args.stream = layout.channels_last && streams(layout.numel() * sizeof(T));
+    args.stream = layout.channels_last && streams<T>(layout.numel());
     NormBackward<T>* norms[] = {&norm};
     run_backward(args, tiling, norms, 1, need_affine || (training && need_dx), scratch.take<double>(sums));
   });
@@ -612,7 +612,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_add_batch_norm_act_cpu(
     args.bn2 = norm2.affine();
     args.out = data<T>(out);
     args.relu = relu;
-    args.stream = layout.channels_last && streams(layout.numel() * sizeof(T));
+    args.stream = layout.channels_last && streams<T>(layout.numel());
     Norm<T>* norms[] = {&norm, &norm2};
     run_forward(args, tiling, norms, 2);
   });
@@ -660,7 +660,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_batch_
     args.dx = need_dx ? data<T>(dx) : nullptr;
     args.dx2 = need_dx2 ? data<T>(dx2) : nullptr;
     args.uses_x = training || training2;
-    args.stream = layout.channels_last && streams(layout.numel() * sizeof(T));
+    args.stream = layout.channels_last && streams<T>(layout.numel());
     NormBackward<T>* norms[] = {&norm, &norm2};
     const bool reduce = need_affine || need_affine2 || (training && need_dx) || (training2 && need_dx2);
     run_backward(args, tiling, norms, 2, reduce, scratch.take<double>(sums));

@@ -217,9 +217,13 @@ FUSEDRES_INLINE void backward_pixel(
       g = g + keep(bytes_equal(winners, offsets[k], g), load_n(a.dy + o, lanes));
     }
   }
-  const auto centred = get<kFull>(a.x + i + c, lanes) - load(a.bn.mean + c);
-  const auto inner = fma(load(a.gradient.of_x + c), centred, load(a.gradient.constant + c));
-  put<kFull, kStream>(a.dx + i + c, fma(load(a.gradient.of_g + c), g, inner), lanes);
+  auto dx = g * load(a.gradient.of_g + c);
+  if (a.uses_x) {
+    const auto centred = get<kFull>(a.x + i + c, lanes) - load(a.bn.mean + c);
+    const auto inner = fma(load(a.gradient.of_x + c), centred, load(a.gradient.constant + c));
+    dx = fma(load(a.gradient.of_g + c), g, inner);
+  }
+  put<kFull, kStream>(a.dx + i + c, dx, lanes);
 }
 
 template <class T, bool kStream>
@@ -450,13 +454,14 @@ void backward_planes(const PoolArgs<T>& a, const Pooling& p, int64_t begin, int6
     const auto constant = broadcast(a.gradient.constant[c]);
     const T* x = a.x + plane * area;
     T* dx = a.dx + plane * area;
+    const auto gradient = [&](auto gradient_of_y, auto value) {
+      return a.uses_x ? fma(of_g, gradient_of_y, fma(of_x, value - mean, constant)) : of_g * gradient_of_y;
+    };
     const int64_t full = area / kLanes * kLanes;
-    for (int64_t i = 0; i < full; i += kLanes) {
-      store(dx + i, fma(of_g, load(g + i), fma(of_x, load(x + i) - mean, constant)));
-    }
+    for (int64_t i = 0; i < full; i += kLanes) store(dx + i, gradient(load(g + i), load(x + i)));
     if (full < area) {
       const int n = static_cast<int>(area - full);
-      store_n(dx + full, fma(of_g, load_n(g + full, n), fma(of_x, load_n(x + full, n) - mean, constant)), n);
+      store_n(dx + full, gradient(load_n(g + full, n), load_n(x + full, n)), n);
     }
   }
 }
@@ -611,7 +616,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_max_pool_backward_cpu(
     args.winners = data<uint8_t>(winners);
     args.gradient = norm.gradient();
     args.dx = need_dx ? data<T>(dx) : nullptr;
-    args.stream = layout.channels_last && channels % kLanes == 0 && streams(layout.numel() * sizeof(T));
+    args.uses_x = training;
+    args.stream = layout.channels_last && channels % kLanes == 0 && streams<T>(layout.numel());
     const auto& kernels = max_pool_kernels<T>();
     const int64_t scalars = scratch_scalars(p, layout.channels_last);
     // Planes of one image are consecutive, and each adds to its own channel: the order of the sums is that of the images.

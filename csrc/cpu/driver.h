@@ -19,12 +19,15 @@
 
 namespace fusedres::cpu {
 
-// Outputs above this bypass the caches: they would be evicted before their consumer runs, and a normal store first reads
-// the line it writes.
-constexpr int64_t kStreamBytes = int64_t{4} << 20;
-constexpr int64_t kSerialElements = 32 * 1024;  // below this a second thread costs more than it brings
+// Whether an output of `numel` elements bypasses the caches: a large one would be evicted before its consumer runs, and a
+// normal store first reads the line it writes. A 16-bit vector fills half a line, and streams of halves gain later.
+template <class T>
+bool streams(int64_t numel) {
+  constexpr int64_t kLeastBytes = (sizeof(T) >= 4 ? int64_t{3} : int64_t{8}) << 20;
+  return numel * static_cast<int64_t>(sizeof(T)) >= kLeastBytes;
+}
 
-inline bool streams(int64_t bytes) { return bytes >= kStreamBytes; }
+constexpr int64_t kSerialElements = 32 * 1024;  // below this a second thread costs more than it brings
 
 template <class T>
 T* data(const Tensor& t) {

@@ -43,6 +43,7 @@ struct PoolArgs {
   uint8_t* winners;  // position in the window, of every output element, in the layout of the output
   Gradient<S> gradient;
   T* dx;
+  bool uses_x;  // false in evaluation, where dx = g * of_g whatever x is
   bool stream;
 };
 
