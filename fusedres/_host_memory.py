@@ -23,10 +23,10 @@ def _glibc() -> ctypes.CDLL | None:
 def reuse_host_memory(enable: bool = True) -> str | None:
     """Keep freed host memory in the process (``enable=True``), or return it to the system and restore the defaults.
 
-    By default glibc maps every large tensor anew and unmaps it when freed, and each new page costs a fault, which in CPU
-    training is more time than the arithmetic of batch normalisation. With reuse on, large blocks come from the heap
-    and stay there: a training step of constant shapes faults nothing after a few steps, for about 10 % more resident
-    memory. It applies to the whole process, at any time; nothing calls it at import.
+    By default glibc maps every large tensor anew and unmaps it when freed, and each new page costs a fault, which in
+    CPU training is more time than the arithmetic of batch normalisation. With reuse on, large blocks come from the
+    heap and stay there: a training step of constant shapes faults nothing after a few steps, for about 10 % more
+    resident memory. It applies to the whole process, at any time; nothing calls it at import.
 
     Args:
         enable: False restores glibc's defaults and gives free memory back to the system.
@@ -40,10 +40,7 @@ def reuse_host_memory(enable: bool = True) -> str | None:
     preloaded = os.environ.get("LD_PRELOAD", "")
     if "malloc" in preloaded:
         return f"another allocator is preloaded: {preloaded}"
-    if enable:
-        settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1}
-    else:
-        settings = _DEFAULTS
+    settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1} if enable else _DEFAULTS
     for option, value in settings.items():
         if libc.mallopt(ctypes.c_int(option), ctypes.c_int(value)) != 1:
             return f"mallopt({option}, {value}) was refused"

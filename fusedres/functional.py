@@ -173,9 +173,7 @@ def batch_norm_act(
     norm = (weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
     try:
         if _natively(BATCH_NORM_ACT, x, act):
-            out = _batch_norm_act(x, residual, norm, act, BATCH_NORM_ACT.cpu, BATCH_NORM_ACT_BACKWARD.cpu)
-            if out.is_cpu:  # a meta tensor among the arguments takes the whole call to the fake kernel
-                return out
+            return _batch_norm_act(x, residual, norm, act, BATCH_NORM_ACT.cpu, BATCH_NORM_ACT_BACKWARD.cpu)
     except _REFUSED:
         pass
 
@@ -294,11 +292,9 @@ def batch_norm_add_batch_norm_act(
     try:
         if _natively(BATCH_NORM_ADD_BATCH_NORM_ACT, x, act):
             backward_op = BATCH_NORM_ADD_BATCH_NORM_ACT_BACKWARD.cpu
-            out = _batch_norm_add_batch_norm_act(
+            return _batch_norm_add_batch_norm_act(
                 x, first, x2, second, act, BATCH_NORM_ADD_BATCH_NORM_ACT.cpu, backward_op
             )
-            if out.is_cpu:
-                return out
     except _REFUSED:
         pass
 
@@ -400,9 +396,9 @@ def batch_norm_act_max_pool(
         if _natively(BATCH_NORM_ACT_MAX_POOL, x, act):
             check_bool("ceil_mode", ceil_mode)
             backward_op = BATCH_NORM_ACT_MAX_POOL_BACKWARD.cpu
-            out = _batch_norm_act_max_pool(x, norm, act, (*window, ceil_mode), BATCH_NORM_ACT_MAX_POOL.cpu, backward_op)
-            if out.is_cpu:
-                return out
+            return _batch_norm_act_max_pool(
+                x, norm, act, (*window, ceil_mode), BATCH_NORM_ACT_MAX_POOL.cpu, backward_op
+            )
     except _REFUSED:
         pass
 
@@ -432,9 +428,7 @@ def _max_pool_of_padding(
     ceil_mode: bool,
 ) -> Tensor:
     """``max_pool2d`` for windows that may lie in the padding altogether, where ATen's backward writes out of bounds."""
-    size = [
-        pooled_size(*args, ceil_mode) for args in zip(y.shape[2:], kernel, stride, padding, dilation, strict=True)
-    ]
+    size = [pooled_size(*args, ceil_mode) for args in zip(y.shape[2:], kernel, stride, padding, dilation, strict=True)]
     padded = F.pad(y, (padding[1], padding[1], padding[0], padding[0]), value=-float("inf"))
     return F.max_pool2d(padded, kernel, stride, 0, dilation, ceil_mode)[:, :, : size[0], : size[1]]
 
@@ -468,9 +462,10 @@ def add_act(x: Tensor, residual: Tensor, *, act: str | None = "relu") -> Tensor:
         TypeError: an argument that is not a tensor. ValueError: ``act``. RuntimeError: shapes that do not broadcast,
         different devices, bool. NotImplementedError: complex or sparse tensors.
     """
-    if type(x) is Tensor and type(residual) is Tensor and act == "relu" and not registry.forced():
-        if x.numel() < _SMALL_ADD and x.dtype == residual.dtype and x.shape == residual.shape and x.is_floating_point():
-            return (x + residual).relu_()
+    plain = type(x) is Tensor and type(residual) is Tensor and act == "relu" and not registry.forced()
+    small = plain and x.numel() < _SMALL_ADD and x.is_floating_point()
+    if small and x.dtype == residual.dtype and x.shape == residual.shape:
+        return (x + residual).relu_()
     if has_torch_function((x, residual)):
         return handle_torch_function(add_act, (x, residual), x, residual, act=act)
     check_act(act)
@@ -527,7 +522,9 @@ def conv_bn_act(
     act: str | None = "relu",
     num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
-    r"""Convolution, batch normalisation, residual addition, activation: the library's convolution, then :func:`batch_norm_act`.
+    r"""Convolution, batch normalisation, residual addition, activation.
+
+    The convolution is the library's; what follows is :func:`batch_norm_act`.
 
     Args:
         x: (N, C_in, H, W). conv_weight: (C, C_in / groups, kH, kW). conv_bias: (C,) or None.

@@ -25,12 +25,14 @@ inline void check_same_layout(const char* name, const Tensor& t, const Tensor& x
 }
 
 // Vectors with one value per channel: all in the dtype of x or, for 16-bit x, all in float32.
-inline void check_channel_vectors(std::initializer_list<const OptionalTensor*> vectors, const Tensor& x, int64_t channels) {
+inline void check_channel_vectors(
+    std::initializer_list<const OptionalTensor*> vectors, const Tensor& x, int64_t channels) {
   std::optional<ScalarType> first;
   for (const OptionalTensor* v : vectors) {
     if (!*v) continue;
     const Tensor& t = **v;
-    STD_TORCH_CHECK(t.dim() == 1 && t.numel() == channels, "statistics and parameters must have one element per channel");
+    STD_TORCH_CHECK(
+        t.dim() == 1 && t.numel() == channels, "statistics and parameters must have one element per channel");
     const ScalarType dtype = t.scalar_type();
     if (!first) first = dtype;
     STD_TORCH_CHECK(

@@ -1,5 +1,5 @@
-// relu(x + residual) on a CPU. Compiled once per instruction set for the kernels (FUSEDRES_ISA) and once, without it, for
-// the driver and its registration with torch.
+// relu(x + residual) on a CPU. Compiled once per instruction set for the kernels (FUSEDRES_ISA) and once, without it,
+// for the driver and its registration with torch.
 #include "add_act_kernels.h"
 
 #if defined(FUSEDRES_ISA)
@@ -115,9 +115,8 @@ bool is_dense(const Tensor& x) {
 
 template <class F>
 void for_each_piece(int64_t numel, const F& f) {
-  for_each_task(ceil_div(numel, kPiece), numel, [&](int64_t task) {
-    f(task * kPiece, std::min((task + 1) * kPiece, numel));
-  });
+  for_each_task(
+      ceil_div(numel, kPiece), numel, [&](int64_t task) { f(task * kPiece, std::min((task + 1) * kPiece, numel)); });
 }
 
 std::tuple<Tensor, Tensor> add_act_cpu(Tensor x, Tensor residual, bool relu, bool save_mask) {
@@ -128,8 +127,12 @@ std::tuple<Tensor, Tensor> add_act_cpu(Tensor x, Tensor residual, bool relu, boo
   Tensor mask = empty_vector(save_mask ? mask_bytes(numel) : 0, ScalarType::Byte, x);
   dispatch(x.scalar_type(), [&]<class T>(T*) {
     const AddArgs<T> args{
-        data<T>(x), data<T>(residual), data<T>(out), save_mask ? data<uint16_t>(mask) : nullptr,
-        relu, streams<T>(numel)};
+        data<T>(x),
+        data<T>(residual),
+        data<T>(out),
+        save_mask ? data<uint16_t>(mask) : nullptr,
+        relu,
+        streams<T>(numel)};
     for_each_piece(numel, [&](int64_t begin, int64_t end) { add_act_kernels<T>().add(args, begin, end); });
   });
   return {out, mask};
@@ -141,8 +144,7 @@ Tensor add_act_backward_cpu(Tensor dy, Tensor mask) {
   STD_TORCH_CHECK(mask.numel() == mask_bytes(numel), "mask does not belong to dy");
   Tensor dx = uninitialized_like(dy);
   dispatch(dy.scalar_type(), [&]<class T>(T*) {
-    const MaskArgs<T> args{
-        data<T>(dy), data<uint16_t>(mask), data<T>(dx), streams<T>(numel)};
+    const MaskArgs<T> args{data<T>(dy), data<uint16_t>(mask), data<T>(dx), streams<T>(numel)};
     for_each_piece(numel, [&](int64_t begin, int64_t end) { add_act_kernels<T>().mask_gradient(args, begin, end); });
   });
   return dx;

@@ -29,10 +29,10 @@ struct AddActKernels {
   void (*mask_gradient)(const MaskArgs<T>&, int64_t begin, int64_t end);
 };
 
-#define FUSEDRES_DECLARE_ADD_ACT(isa)            \
-  namespace isa {                                \
-  template <class T>                             \
-  const AddActKernels<T>& add_act_kernels();     \
+#define FUSEDRES_DECLARE_ADD_ACT(isa)        \
+  namespace isa {                            \
+  template <class T>                         \
+  const AddActKernels<T>& add_act_kernels(); \
   }
 FUSEDRES_DECLARE_ADD_ACT(baseline)
 FUSEDRES_DECLARE_ADD_ACT(avx2)

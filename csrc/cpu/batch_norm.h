@@ -1,5 +1,5 @@
-// One batch normalisation on the driver's side: where its tiles are, its statistics, and the numbers that the kernels take
-// per channel. Shared by the families that contain a normalisation.
+// One batch normalisation on the driver's side: where its tiles are, its statistics, and the numbers that the kernels
+// take per channel. Shared by the families that contain a normalisation.
 #pragma once
 
 #include <cmath>
@@ -86,7 +86,8 @@ inline void check_norm(const NormArguments& a, const Tensor& x, const Layout4d& 
   if (a.training) {
     STD_TORCH_CHECK(layout.pixels() > 1, "training needs more than one value per channel");
     STD_TORCH_CHECK(a.eps > 0, "eps must be positive during training");
-    STD_TORCH_CHECK(a.running_mean.has_value() == a.running_var.has_value(), "running_mean and running_var go together");
+    STD_TORCH_CHECK(
+        a.running_mean.has_value() == a.running_var.has_value(), "running_mean and running_var go together");
   } else {
     STD_TORCH_CHECK(!(a.eps < 0), "eps must be non-negative");
     STD_TORCH_CHECK(a.running_mean && a.running_var, "evaluation needs running_mean and running_var");
@@ -127,7 +128,12 @@ struct ColumnParams {
 
   // From the saved statistics (3, C), for channels [c0, c1), repeated over the columns.
   void fill(
-      const S* stats, const ChannelVector& weight, const ChannelVector& bias, const Tiling& tiling, int64_t c0, int64_t c1) {
+      const S* stats,
+      const ChannelVector& weight,
+      const ChannelVector& bias,
+      const Tiling& tiling,
+      int64_t c0,
+      int64_t c1) {
     const int64_t channels = tiling.layout.channels;
     for_each_chunk(c0, c1, [&](int64_t begin, int64_t end) {
       double w[kChannelChunk], b[kChannelChunk];
@@ -174,8 +180,12 @@ class Norm {
         bias_(a.bias),
         running_mean_(a.running_mean),
         running_var_(a.running_var),
-        counter_(a.num_batches_tracked && training ? static_cast<int64_t*>(a.num_batches_tracked->data_ptr()) : nullptr),
-        momentum_(a.momentum ? *a.momentum : counter_ ? 1.0 / static_cast<double>(*counter_ + 1) : 0.0) {
+        counter_(
+            a.num_batches_tracked && training ? static_cast<int64_t*>(a.num_batches_tracked->data_ptr()) : nullptr),
+        momentum_(
+            a.momentum ? *a.momentum
+            : counter_ ? 1.0 / static_cast<double>(*counter_ + 1)
+                       : 0.0) {
     if (counter_) ++*counter_;
   }
 
@@ -273,7 +283,8 @@ class Norm {
 // Runs phase one for every block and columns piece of the normalisations that train, then `finish` of all.
 template <class T>
 void all_statistics(const Tiling& tiling, Norm<T>* const* norms, int64_t count) {
-  const int64_t pieces = tiling.blocks >= 2 * threads() ? 1 : std::min<int64_t>(2 * threads(), ceil_div(tiling.columns, 64));
+  const int64_t pieces =
+      tiling.blocks >= 2 * threads() ? 1 : std::min<int64_t>(2 * threads(), ceil_div(tiling.columns, 64));
   const int64_t width = ceil_div(ceil_div(tiling.columns, pieces), kLanes) * kLanes;
   for (int64_t i = 0; i < count; ++i) {
     Norm<T>& norm = *norms[i];
@@ -307,12 +318,18 @@ class NormBackward {
 
   static size_t scratch_bytes(const Tiling& tiling) {
     return ColumnParams<T>::bytes(tiling.columns) + 3 * sizeof(S) * tiling.columns +
-        sizeof(double) * tiling.columns * tiling.blocks;
+           sizeof(double) * tiling.columns * tiling.blocks;
   }
 
   NormBackward(
-      const Tensor& stats, const OptionalTensor& weight, const OptionalTensor& bias, bool training, const Tiling& tiling,
-      const OptionalTensor& dweight, const OptionalTensor& dbias, Scratch& scratch)
+      const Tensor& stats,
+      const OptionalTensor& weight,
+      const OptionalTensor& bias,
+      bool training,
+      const Tiling& tiling,
+      const OptionalTensor& dweight,
+      const OptionalTensor& dbias,
+      Scratch& scratch)
       : training(training),
         tiling_(tiling),
         stats_(data<S>(stats)),
@@ -390,7 +407,9 @@ class NormBackward {
 };
 
 // A gradient that may not be wanted: a tensor, or one of no elements.
-inline Tensor wanted_like(bool wanted, const Tensor& x) { return wanted ? uninitialized_like(x) : empty_vector(0, x.scalar_type(), x); }
+inline Tensor wanted_like(bool wanted, const Tensor& x) {
+  return wanted ? uninitialized_like(x) : empty_vector(0, x.scalar_type(), x);
+}
 
 inline Tensor wanted_parameter_gradient(bool wanted, const OptionalTensor& weight, const Tensor& stats) {
   const int64_t channels = stats.size(1);

@@ -55,12 +55,11 @@ constexpr int64_t kSamples = 8;
 
 template <class T>
 FUSEDRES_INLINE double scalar(const T* p) {
-  return static_cast<double>(
-      [&] {
-        typename Compute<T>::Scalar lanes[kLanes];
-        store(lanes, load_n(p, 1));
-        return lanes[0];
-      }());
+  return static_cast<double>([&] {
+    typename Compute<T>::Scalar lanes[kLanes];
+    store(lanes, load_n(p, 1));
+    return lanes[0];
+  }());
 }
 
 // From sums about a shift to mean and m2; where the compute type overflowed (|x| above 1e19), again in double.
@@ -233,8 +232,14 @@ void forward_planes(const ForwardArgs<T>& a, const Planes& planes, const Range& 
 // The gradient that reaches the normalisation: dy where the ReLU was open.
 template <class T, ReluMask kRelu, bool kPair, bool kFull, class Vec>
 FUSEDRES_INLINE Vec masked_gradient(
-    const BackwardArgs<T>& a, const AffineVec<Vec>& bn, const AffineVec<Vec>& bn2, Vec centred, Vec centred2,
-    int64_t i, int64_t word, int n) {
+    const BackwardArgs<T>& a,
+    const AffineVec<Vec>& bn,
+    const AffineVec<Vec>& bn2,
+    Vec centred,
+    Vec centred2,
+    int64_t i,
+    int64_t word,
+    int n) {
   const Vec dy = get<kFull>(a.dy + i, n);
   if constexpr (kRelu == ReluMask::stored) {
     return keep(mask_from_bits(a.mask[word], dy), dy);
@@ -411,8 +416,14 @@ namespace FUSEDRES_ISA {
 template <class T>
 const BatchNormKernels<T>& batch_norm_kernels() {
   static constexpr BatchNormKernels<T> kernels{
-      statistics_rows<T>,  statistics_planes<T>,  forward_rows<T>,  forward_planes<T>,
-      reduce_rows_of<T>,   reduce_planes_of<T>,   backward_rows<T>, backward_planes<T>,
+      statistics_rows<T>,
+      statistics_planes<T>,
+      forward_rows<T>,
+      forward_planes<T>,
+      reduce_rows_of<T>,
+      reduce_planes_of<T>,
+      backward_rows<T>,
+      backward_planes<T>,
   };
   return kernels;
 }
@@ -476,11 +487,18 @@ void run_forward(ForwardArgs<T> args, const Tiling& tiling, Norm<T>* const* norm
 }
 
 template <class T>
-void run_backward(BackwardArgs<T> args, const Tiling& tiling, NormBackward<T>* const* norms, int64_t count, bool reduce, double* sum_g) {
+void run_backward(
+    BackwardArgs<T> args,
+    const Tiling& tiling,
+    NormBackward<T>* const* norms,
+    int64_t count,
+    bool reduce,
+    double* sum_g) {
   const auto& kernels = batch_norm_kernels<T>();
   const bool apply = args.dx || args.dx2 || args.dresidual;
   const auto reduce_block = [&](int64_t block, int64_t c0, int64_t c1) {
-    double* sums[3] = {sum_g + block * tiling.columns, norms[0]->sum(block), count > 1 ? norms[1]->sum(block) : nullptr};
+    double* sums[3] = {
+        sum_g + block * tiling.columns, norms[0]->sum(block), count > 1 ? norms[1]->sum(block) : nullptr};
     for (int64_t k = 0; k < 1 + count; ++k) std::fill(sums[k] + c0, sums[k] + c1, 0.0);
     const Range range = tiling.block_range(block, c0, c1);
     if (tiling.layout.channels_last) {
@@ -508,7 +526,8 @@ void run_backward(BackwardArgs<T> args, const Tiling& tiling, NormBackward<T>* c
     return;
   }
   if (reduce) {
-    const int64_t pieces = tiling.blocks >= 2 * threads() ? 1 : std::min<int64_t>(2 * threads(), ceil_div(tiling.columns, 64));
+    const int64_t pieces =
+        tiling.blocks >= 2 * threads() ? 1 : std::min<int64_t>(2 * threads(), ceil_div(tiling.columns, 64));
     const int64_t width = ceil_div(ceil_div(tiling.columns, pieces), kLanes) * kLanes;
     const int64_t used = ceil_div(tiling.columns, width);
     for_each_task(tiling.blocks * used, tiling.layout.numel(), [&](int64_t task) {
@@ -521,9 +540,18 @@ void run_backward(BackwardArgs<T> args, const Tiling& tiling, NormBackward<T>* c
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_act_cpu(
-    Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias, OptionalTensor running_mean,
-    OptionalTensor running_var, OptionalTensor num_batches_tracked, bool training, std::optional<double> momentum,
-    double eps, bool relu, bool save_mask) {
+    Tensor x,
+    OptionalTensor residual,
+    OptionalTensor weight,
+    OptionalTensor bias,
+    OptionalTensor running_mean,
+    OptionalTensor running_var,
+    OptionalTensor num_batches_tracked,
+    bool training,
+    std::optional<double> momentum,
+    double eps,
+    bool relu,
+    bool save_mask) {
   const Layout4d layout = layout_of(x);
   const NormArguments arguments{weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps};
   check_norm(arguments, x, layout);
@@ -550,8 +578,17 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_cpu(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_cpu(
-    Tensor dy, Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor stats, OptionalTensor mask, bool training,
-    bool relu, bool need_dx, bool need_dresidual, bool need_affine) {
+    Tensor dy,
+    Tensor x,
+    OptionalTensor weight,
+    OptionalTensor bias,
+    Tensor stats,
+    OptionalTensor mask,
+    bool training,
+    bool relu,
+    bool need_dx,
+    bool need_dresidual,
+    bool need_affine) {
   const Layout4d layout = layout_of(x);
   check_same_layout("dy", dy, x);
   check_channel_vectors({&weight, &bias}, x, layout.channels);
@@ -566,8 +603,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_cpu(
     const int64_t sums = tiling.columns * tiling.blocks;
     Scratch& scratch = Scratch::with(NormBackward<T>::scratch_bytes(tiling) + sizeof(double) * sums);
     NormBackward<T> norm(
-        stats, weight, bias, training, tiling, need_affine ? OptionalTensor(dweight) : OptionalTensor(),
-        need_affine ? OptionalTensor(dbias) : OptionalTensor(), scratch);
+        stats,
+        weight,
+        bias,
+        training,
+        tiling,
+        need_affine ? OptionalTensor(dweight) : OptionalTensor(),
+        need_affine ? OptionalTensor(dbias) : OptionalTensor(),
+        scratch);
     norm.prepare();
     BackwardArgs<T> args{};
     args.dy = data<T>(dy);
@@ -587,13 +630,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_cpu(
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_add_batch_norm_act_cpu(
-    Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor running_mean, OptionalTensor running_var,
-    OptionalTensor num_batches_tracked, bool training, std::optional<double> momentum, double eps, Tensor x2,
-    OptionalTensor weight2, OptionalTensor bias2, OptionalTensor running_mean2, OptionalTensor running_var2,
-    OptionalTensor num_batches_tracked2, bool training2, std::optional<double> momentum2, double eps2, bool relu) {
+    Tensor x,
+    OptionalTensor weight,
+    OptionalTensor bias,
+    OptionalTensor running_mean,
+    OptionalTensor running_var,
+    OptionalTensor num_batches_tracked,
+    bool training,
+    std::optional<double> momentum,
+    double eps,
+    Tensor x2,
+    OptionalTensor weight2,
+    OptionalTensor bias2,
+    OptionalTensor running_mean2,
+    OptionalTensor running_var2,
+    OptionalTensor num_batches_tracked2,
+    bool training2,
+    std::optional<double> momentum2,
+    double eps2,
+    bool relu) {
   const Layout4d layout = layout_of(x);
   const NormArguments first{weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps};
-  const NormArguments second{weight2, bias2, running_mean2, running_var2, num_batches_tracked2, training2, momentum2, eps2};
+  const NormArguments second{
+      weight2, bias2, running_mean2, running_var2, num_batches_tracked2, training2, momentum2, eps2};
   check_norm(first, x, layout);
   check_norm(second, x, layout);
   check_same_layout("x2", x2, x);
@@ -620,9 +679,22 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_add_batch_norm_act_cpu(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_batch_norm_act_backward_cpu(
-    Tensor dy, Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor stats, bool training, Tensor x2,
-    OptionalTensor weight2, OptionalTensor bias2, Tensor stats2, bool training2, bool relu, bool need_dx, bool need_dx2,
-    bool need_affine, bool need_affine2) {
+    Tensor dy,
+    Tensor x,
+    OptionalTensor weight,
+    OptionalTensor bias,
+    Tensor stats,
+    bool training,
+    Tensor x2,
+    OptionalTensor weight2,
+    OptionalTensor bias2,
+    Tensor stats2,
+    bool training2,
+    bool relu,
+    bool need_dx,
+    bool need_dx2,
+    bool need_affine,
+    bool need_affine2) {
   const Layout4d layout = layout_of(x);
   check_same_layout("dy", dy, x);
   check_same_layout("x2", x2, x);
@@ -644,7 +716,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_batch_
     NormBackward<T> norm(
         stats, weight, bias, training, tiling, if_wanted(need_affine, dweight), if_wanted(need_affine, dbias), scratch);
     NormBackward<T> norm2(
-        stats2, weight2, bias2, training2, tiling, if_wanted(need_affine2, dweight2), if_wanted(need_affine2, dbias2),
+        stats2,
+        weight2,
+        bias2,
+        training2,
+        tiling,
+        if_wanted(need_affine2, dweight2),
+        if_wanted(need_affine2, dbias2),
         scratch);
     norm.prepare();
     norm2.prepare();
@@ -675,7 +753,8 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres, CPU, m) {
   m.impl("batch_norm_act", TORCH_BOX(&fusedres::cpu::batch_norm_act_cpu));
   m.impl("batch_norm_act_backward", TORCH_BOX(&fusedres::cpu::batch_norm_act_backward_cpu));
   m.impl("batch_norm_add_batch_norm_act", TORCH_BOX(&fusedres::cpu::batch_norm_add_batch_norm_act_cpu));
-  m.impl("batch_norm_add_batch_norm_act_backward", TORCH_BOX(&fusedres::cpu::batch_norm_add_batch_norm_act_backward_cpu));
+  m.impl(
+      "batch_norm_add_batch_norm_act_backward", TORCH_BOX(&fusedres::cpu::batch_norm_add_batch_norm_act_backward_cpu));
 }
 
 #endif

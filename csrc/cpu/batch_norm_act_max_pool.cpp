@@ -1,9 +1,9 @@
-// max_pool(relu(bn(x))) on a CPU. Compiled once per instruction set for the kernels (FUSEDRES_ISA) and once, without it,
-// for the drivers and their registration with torch.
+// max_pool(relu(bn(x))) on a CPU. Compiled once per instruction set for the kernels (FUSEDRES_ISA) and once, without
+// it, for the drivers and their registration with torch.
 //
 // Every input row is normalised once, into a ring of as many rows as a window spans, and the windows read the ring. The
-// winner is that of the unrectified activations, rounded to the storage type: where it is positive the ReLU changes nothing,
-// and where it is not the window sends no gradient.
+// winner is that of the unrectified activations, rounded to the storage type: where it is positive the ReLU changes
+// nothing, and where it is not the window sends no gradient.
 #include "max_pool_kernels.h"
 
 #if defined(FUSEDRES_ISA)
@@ -129,7 +129,12 @@ void forward_rows(const PoolArgs<T>& a, const Pooling& p, int64_t begin, int64_t
 
 template <class T>
 void winners_rows(
-    const PoolArgs<T>& a, const Pooling& p, int64_t begin, int64_t end, ScalarFor<T>* scratch, double* sum_g,
+    const PoolArgs<T>& a,
+    const Pooling& p,
+    int64_t begin,
+    int64_t end,
+    ScalarFor<T>* scratch,
+    double* sum_g,
     double* sum_gx) {
   using S = ScalarFor<T>;
   RowRing<T, true> ring(a, p, scratch);
@@ -203,8 +208,14 @@ FUSEDRES_INLINE void for_each_window(
 
 template <class T, bool kFull, bool kStream>
 FUSEDRES_INLINE void backward_pixel(
-    const PoolArgs<T>& a, const Pooling& p, int64_t i, int64_t c, const int64_t* positions, const uint8_t* offsets,
-    int count, int lanes) {
+    const PoolArgs<T>& a,
+    const Pooling& p,
+    int64_t i,
+    int64_t c,
+    const int64_t* positions,
+    const uint8_t* offsets,
+    int count,
+    int lanes) {
   auto g = broadcast(ScalarFor<T>(0));
   for (int k = 0; k < count; ++k) {
     const int64_t o = positions[k] * p.channels + c;
@@ -235,12 +246,14 @@ FUSEDRES_INLINE void backward_rows_to(const PoolArgs<T>& a, const Pooling& p, in
     const int64_t n = row / p.height;
     for (int64_t iw = 0; iw < p.width; ++iw) {
       int count = 0;
-      for_each_window(row % p.height, p.kernel_h, p.stride_h, p.pad_h, p.dilation_h, p.out_height, [&](int64_t kh, int64_t oh) {
-        for_each_window(iw, p.kernel_w, p.stride_w, p.pad_w, p.dilation_w, p.out_width, [&](int64_t kw, int64_t ow) {
-          positions[count] = (n * p.out_height + oh) * p.out_width + ow;
-          offsets[count++] = static_cast<uint8_t>(kh * p.kernel_w + kw);
-        });
-      });
+      for_each_window(
+          row % p.height, p.kernel_h, p.stride_h, p.pad_h, p.dilation_h, p.out_height, [&](int64_t kh, int64_t oh) {
+            for_each_window(
+                iw, p.kernel_w, p.stride_w, p.pad_w, p.dilation_w, p.out_width, [&](int64_t kw, int64_t ow) {
+                  positions[count] = (n * p.out_height + oh) * p.out_width + ow;
+                  offsets[count++] = static_cast<uint8_t>(kh * p.kernel_w + kw);
+                });
+          });
       const int64_t i = (row * p.width + iw) * p.channels;
       int64_t c = 0;
       for (; c + kLanes <= p.channels; c += kLanes) {
@@ -261,8 +274,8 @@ void backward_rows(const PoolArgs<T>& a, const Pooling& p, int64_t begin, int64_
 
 // ---- contiguous ----
 
-// The last rows of one plane, normalised and split by column modulo stride (see Pooling): y, and x - mean behind it. Where
-// there is padding y is minus infinity, which never wins.
+// The last rows of one plane, normalised and split by column modulo stride (see Pooling): y, and x - mean behind it.
+// Where there is padding y is minus infinity, which never wins.
 template <class T>
 class PlaneRing {
  public:
@@ -364,7 +377,12 @@ void forward_planes(const PoolArgs<T>& a, const Pooling& p, int64_t begin, int64
 
 template <class T>
 void winners_planes(
-    const PoolArgs<T>& a, const Pooling& p, int64_t begin, int64_t end, ScalarFor<T>* scratch, double* sum_g,
+    const PoolArgs<T>& a,
+    const Pooling& p,
+    int64_t begin,
+    int64_t end,
+    ScalarFor<T>* scratch,
+    double* sum_g,
     double* sum_gx) {
   using S = ScalarFor<T>;
   PlaneRing<T> ring(a, p, scratch);
@@ -473,7 +491,12 @@ namespace FUSEDRES_ISA {
 template <class T>
 const MaxPoolKernels<T>& max_pool_kernels() {
   static constexpr MaxPoolKernels<T> kernels{
-      forward_rows<T>, forward_planes<T>, winners_rows<T>, winners_planes<T>, backward_rows<T>, backward_planes<T>,
+      forward_rows<T>,
+      forward_planes<T>,
+      winners_rows<T>,
+      winners_planes<T>,
+      backward_rows<T>,
+      backward_planes<T>,
   };
   return kernels;
 }
@@ -511,16 +534,36 @@ int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, i
 }
 
 Pooling pooling_of(
-    const Layout4d& layout, const Ints& kernel, const Ints& stride, const Ints& pad, const Ints& dilation, bool ceil_mode) {
-  for (const Ints* pair : {&kernel, &stride, &pad, &dilation}) STD_TORCH_CHECK(pair->size() == 2, "windows have two sizes");
+    const Layout4d& layout,
+    const Ints& kernel,
+    const Ints& stride,
+    const Ints& pad,
+    const Ints& dilation,
+    bool ceil_mode) {
+  for (const Ints* pair : {&kernel, &stride, &pad, &dilation})
+    STD_TORCH_CHECK(pair->size() == 2, "windows have two sizes");
   for (int d = 0; d < 2; ++d) {
-    STD_TORCH_CHECK(kernel[d] > 0 && stride[d] > 0 && dilation[d] > 0, "kernel_size, stride and dilation must be positive");
+    STD_TORCH_CHECK(
+        kernel[d] > 0 && stride[d] > 0 && dilation[d] > 0, "kernel_size, stride and dilation must be positive");
     STD_TORCH_CHECK(
         pad[d] >= 0 && pad[d] <= ((kernel[d] - 1) * dilation[d] + 1) / 2, "padding must be at most half of the window");
   }
   STD_TORCH_CHECK(kernel[0] * kernel[1] <= kNoWinner, "windows of more than 255 elements are not supported");
-  Pooling p{layout.batch, layout.channels, layout.height, layout.width, 0, 0, kernel[0], kernel[1],
-            stride[0], stride[1], pad[0], pad[1], dilation[0], dilation[1]};
+  Pooling p{
+      layout.batch,
+      layout.channels,
+      layout.height,
+      layout.width,
+      0,
+      0,
+      kernel[0],
+      kernel[1],
+      stride[0],
+      stride[1],
+      pad[0],
+      pad[1],
+      dilation[0],
+      dilation[1]};
   p.out_height = pooled_size(p.height, p.kernel_h, p.stride_h, p.pad_h, p.dilation_h, ceil_mode);
   p.out_width = pooled_size(p.width, p.kernel_w, p.stride_w, p.pad_w, p.dilation_w, ceil_mode);
   STD_TORCH_CHECK(p.height >= p.dilation_h && p.width >= p.dilation_w, "windows may not lie in the padding altogether");
@@ -534,12 +577,24 @@ Layout4d pooled_layout(const Layout4d& layout, const Pooling& p) {
 // Output rows of a task of the channels_last kernels: enough to hide the rows that it normalises twice.
 constexpr int64_t kPooledRows = 16;
 
-// The kernels read parameters in whole vectors of channels: the tiling's columns may be more than one repeat of the channels,
-// and are then long enough; otherwise the channels are a multiple of the lanes.
+// The kernels read parameters in whole vectors of channels: the tiling's columns may be more than one repeat of the
+// channels, and are then long enough; otherwise the channels are a multiple of the lanes.
 std::tuple<Tensor, Tensor> batch_norm_act_max_pool_cpu(
-    Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor running_mean, OptionalTensor running_var,
-    OptionalTensor num_batches_tracked, bool training, std::optional<double> momentum, double eps, bool relu, Ints kernel,
-    Ints stride, Ints pad, Ints dilation, bool ceil_mode) {
+    Tensor x,
+    OptionalTensor weight,
+    OptionalTensor bias,
+    OptionalTensor running_mean,
+    OptionalTensor running_var,
+    OptionalTensor num_batches_tracked,
+    bool training,
+    std::optional<double> momentum,
+    double eps,
+    bool relu,
+    Ints kernel,
+    Ints stride,
+    Ints pad,
+    Ints dilation,
+    bool ceil_mode) {
   const Layout4d layout = layout_of(x);
   const NormArguments arguments{weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps};
   check_norm(arguments, x, layout);
@@ -574,8 +629,20 @@ std::tuple<Tensor, Tensor> batch_norm_act_max_pool_cpu(
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_act_max_pool_backward_cpu(
-    Tensor dy, Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor stats, bool training, bool relu, Ints kernel,
-    Ints stride, Ints pad, Ints dilation, bool ceil_mode, bool need_dx, bool need_affine) {
+    Tensor dy,
+    Tensor x,
+    OptionalTensor weight,
+    OptionalTensor bias,
+    Tensor stats,
+    bool training,
+    bool relu,
+    Ints kernel,
+    Ints stride,
+    Ints pad,
+    Ints dilation,
+    bool ceil_mode,
+    bool need_dx,
+    bool need_affine) {
   const Layout4d layout = layout_of(x);
   const Pooling p = pooling_of(layout, kernel, stride, pad, dilation, ceil_mode);
   const Layout4d pooled = pooled_layout(layout, p);
@@ -600,10 +667,17 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_max_pool_backward_cpu(
   dispatch(x.scalar_type(), [&]<class T>(T*) {
     using S = typename ScalarOf<T>::type;
     Scratch& scratch = Scratch::with(
-        NormBackward<T>::scratch_bytes(tiling) + sizeof(double) * (tiling.columns * tiling.blocks + 2 * channels * blocks));
+        NormBackward<T>::scratch_bytes(tiling) +
+        sizeof(double) * (tiling.columns * tiling.blocks + 2 * channels * blocks));
     NormBackward<T> norm(
-        stats, weight, bias, training, tiling, need_affine ? OptionalTensor(dweight) : OptionalTensor(),
-        need_affine ? OptionalTensor(dbias) : OptionalTensor(), scratch);
+        stats,
+        weight,
+        bias,
+        training,
+        tiling,
+        need_affine ? OptionalTensor(dweight) : OptionalTensor(),
+        need_affine ? OptionalTensor(dbias) : OptionalTensor(),
+        scratch);
     norm.prepare();
     double* sum_g = scratch.take<double>(tiling.columns * tiling.blocks);
     double* block_sums = scratch.take<double>(2 * channels * blocks);
@@ -620,7 +694,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_max_pool_backward_cpu(
     args.stream = layout.channels_last && channels % kLanes == 0 && streams<T>(layout.numel());
     const auto& kernels = max_pool_kernels<T>();
     const int64_t scalars = scratch_scalars(p, layout.channels_last);
-    // Planes of one image are consecutive, and each adds to its own channel: the order of the sums is that of the images.
+    // Planes of one image are consecutive, and each adds to its own channel: the order of the sums is that of the
+    // images.
     const int64_t pieces = layout.channels_last ? 1 : std::min<int64_t>(channels, 16);
     for_each_task(blocks * pieces, layout.numel(), [&](int64_t task) {
       S* memory = Scratch::with<Scratch::Task>(scalars * sizeof(S)).template take<S>(scalars);

@@ -1,5 +1,5 @@
-// The CPU kernels of batch normalisation over part of a tensor, as the drivers call them: one table per storage type and
-// instruction set. Channel ranges are columns of Rows (see traverse.h) or channels of Planes.
+// The CPU kernels of batch normalisation over part of a tensor, as the drivers call them: one table per storage type
+// and instruction set. Channel ranges are columns of Rows (see traverse.h) or channels of Planes.
 #pragma once
 
 #include "types.h"
@@ -85,10 +85,10 @@ struct BatchNormKernels {
   void (*backward_planes)(const BackwardArgs<T>&, const Planes&, const Range&);
 };
 
-#define FUSEDRES_DECLARE_BATCH_NORM(isa)                \
-  namespace isa {                                       \
-  template <class T>                                    \
-  const BatchNormKernels<T>& batch_norm_kernels();      \
+#define FUSEDRES_DECLARE_BATCH_NORM(isa)           \
+  namespace isa {                                  \
+  template <class T>                               \
+  const BatchNormKernels<T>& batch_norm_kernels(); \
   }
 FUSEDRES_DECLARE_BATCH_NORM(baseline)
 FUSEDRES_DECLARE_BATCH_NORM(avx2)

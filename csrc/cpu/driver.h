@@ -19,8 +19,8 @@
 
 namespace fusedres::cpu {
 
-// Whether an output of `numel` elements bypasses the caches: a large one would be evicted before its consumer runs, and a
-// normal store first reads the line it writes. A 16-bit vector fills half a line, and streams of halves gain later.
+// Whether an output of `numel` elements bypasses the caches: a large one would be evicted before its consumer runs, and
+// a normal store first reads the line it writes. A 16-bit vector fills half a line, and streams of halves gain later.
 template <class T>
 bool streams(int64_t numel) {
   constexpr int64_t kLeastBytes = (sizeof(T) >= 4 ? int64_t{3} : int64_t{8}) << 20;
@@ -82,8 +82,8 @@ class Scratch {
     used_ += bytes;
     return p;
   }
-  // The calling thread's scratch with room for `bytes`, besides what rounding up each of up to 64 pieces takes. A driver
-  // and the tasks that it runs, maybe on its own thread, have different ones.
+  // The calling thread's scratch with room for `bytes`, besides what rounding up each of up to 64 pieces takes. A
+  // driver and the tasks that it runs, maybe on its own thread, have different ones.
   struct Driver;
   struct Task;
   template <class User = Driver>

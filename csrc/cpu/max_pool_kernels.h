@@ -9,14 +9,14 @@ constexpr uint8_t kNoWinner = 255;  // the window's activation was cut: it sends
 
 // Windows as max_pool2d defines them. `rows` and `cols` are how many input rows and columns one window spans.
 struct Pooling {
-  int64_t batch, channels, height, width;      // input
-  int64_t out_height, out_width;               // output
+  int64_t batch, channels, height, width;  // input
+  int64_t out_height, out_width;           // output
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
 
   int64_t span_h() const { return (kernel_h - 1) * dilation_h + 1; }
 
-  // The plane kernels keep a row split by column modulo stride, so that the columns that one tap of the windows reads are
-  // consecutive. Each part has room for the taps that fall into the padding, on the left and on the right.
+  // The plane kernels keep a row split by column modulo stride, so that the columns that one tap of the windows reads
+  // are consecutive. Each part has room for the taps that fall into the padding, on the left and on the right.
   int64_t part_margin() const { return (pad_w + stride_w - 1) / stride_w; }
   int64_t part_length() const {
     const int64_t read = out_width + kLanes + (kernel_w - 1) * dilation_w / stride_w + 1;
@@ -47,8 +47,8 @@ struct PoolArgs {
   bool stream;
 };
 
-// Rows are output rows (input rows for `backward_rows`), counted through the batch; planes are counted through batch and
-// channels. `scratch` holds `scratch_scalars` values of the compute type.
+// Rows are output rows (input rows for `backward_rows`), counted through the batch; planes are counted through batch
+// and channels. `scratch` holds `scratch_scalars` values of the compute type.
 template <class T>
 struct MaxPoolKernels {
   using S = typename ScalarOf<T>::type;
@@ -71,10 +71,10 @@ inline int64_t scratch_scalars(const Pooling& p, bool channels_last) {
   return 2 * p.span_h() * p.row_length() + 2 * padded(p.width) + padded(p.out_width) + padded(p.height * p.width);
 }
 
-#define FUSEDRES_DECLARE_MAX_POOL(isa)           \
-  namespace isa {                                \
-  template <class T>                             \
-  const MaxPoolKernels<T>& max_pool_kernels();   \
+#define FUSEDRES_DECLARE_MAX_POOL(isa)         \
+  namespace isa {                              \
+  template <class T>                           \
+  const MaxPoolKernels<T>& max_pool_kernels(); \
   }
 FUSEDRES_DECLARE_MAX_POOL(baseline)
 FUSEDRES_DECLARE_MAX_POOL(avx2)

@@ -1,10 +1,10 @@
-// How the element-wise and reducing kernels walk a tensor. A body says what happens to one vector; the walks here bring it
-// to every vector of a channels_last tensor (rows) or of a contiguous one (planes).
+// How the element-wise and reducing kernels walk a tensor. A body says what happens to one vector; the walks here bring
+// it to every vector of a channels_last tensor (rows) or of a contiguous one (planes).
 //
 // Rows: the tensor is a matrix of `count` rows of `width` elements and a last row of `tail` elements. `width` is the
 // number of channels, or the least multiple of it that is a multiple of 16: three channels are walked as 48, so that no
-// lane is idle and the mask is one bit per element in memory order. Sums then come out per column, several to a channel.
-// Planes: N*C planes of `area` elements; lanes past the end of a plane are masked.
+// lane is idle and the mask is one bit per element in memory order. Sums then come out per column, several to a
+// channel. Planes: N*C planes of `area` elements; lanes past the end of a plane are masked.
 #pragma once
 
 #include "vec.h"
@@ -21,8 +21,8 @@ constexpr int kTogether = sizeof(Scalar) == 4 ? 4 : 1;
 template <class Scalar>
 constexpr int kTogether = 1;
 #endif
-// Rows of more bytes are walked one by one: several at once are then so many streams, a page apart, that compete for the
-// same cache sets, and from memory that is slower.
+// Rows of more bytes are walked one by one: several at once are then so many streams, a page apart, that compete for
+// the same cache sets, and from memory that is slower.
 constexpr int64_t kAdjacentRowBytes = 1024;
 
 constexpr int64_t kColumnChunk = 2048;  // columns whose running sums stay in L1
@@ -73,7 +73,8 @@ FUSEDRES_INLINE void map_rows(const Body& body, const Rows& rows, int64_t row0, 
 }
 
 template <class Body>
-FUSEDRES_INLINE void map_planes(const Body& body, const Planes& planes, int64_t n0, int64_t n1, int64_t c0, int64_t c1) {
+FUSEDRES_INLINE void map_planes(
+    const Body& body, const Planes& planes, int64_t n0, int64_t n1, int64_t c0, int64_t c1) {
   const int64_t words = (planes.area + kLanes - 1) / kLanes;
   const int64_t full = planes.area / kLanes;
   const int rest = static_cast<int>(planes.area % kLanes);
@@ -141,8 +142,8 @@ FUSEDRES_INLINE void reduce_rows(
   }
 }
 
-// Adds to sums[k][c], for every channel in [c0, c1), the sums over the planes n0 <= n < n1. Sums of Body::kTile vectors at
-// most are taken in the compute type, lane by lane; they are added up in double.
+// Adds to sums[k][c], for every channel in [c0, c1), the sums over the planes n0 <= n < n1. Sums of Body::kTile vectors
+// at most are taken in the compute type, lane by lane; they are added up in double.
 template <class Body>
 FUSEDRES_INLINE void reduce_planes(
     const Body& body, const Planes& planes, int64_t n0, int64_t n1, int64_t c0, int64_t c1, double* const* sums) {

@@ -179,7 +179,8 @@ FUSEDRES_INLINE F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; 
 FUSEDRES_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 FUSEDRES_INLINE MaskF32 not_below_or_equal(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ)}; }
 FUSEDRES_INLINE MaskF32 greater_or_nan(F32 a, F32 b) {
-  return {static_cast<__mmask16>(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) | _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q))};
+  return {
+      static_cast<__mmask16>(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) | _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q))};
 }
 FUSEDRES_INLINE F32 keep(MaskF32 m, F32 a) {
   asm("" : "+v"(a.v));  // or the compiler makes a masked load of it, which runs at half the speed from memory
@@ -206,8 +207,7 @@ FUSEDRES_INLINE __m256 widen_half(const half*, __m128i u) { return _mm256_cvtph_
 FUSEDRES_INLINE __m256i round_to_bf16(__m256 a) {  // to nearest even, in the low half of each 32-bit lane
   const __m256i u = _mm256_castps_si256(a);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-  const __m256i rounded =
-      _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
   const __m256i quiet_nan = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
   const __m256 is_nan = _mm256_cmp_ps(a, a, _CMP_UNORD_Q);
   return _mm256_blendv_epi8(rounded, quiet_nan, _mm256_castps_si256(is_nan));
@@ -217,8 +217,8 @@ FUSEDRES_INLINE __m256i narrow(const bf16*, F32 a) {
   return _mm256_permute4x64_epi64(packed, 0b11011000);
 }
 FUSEDRES_INLINE __m256i narrow(const half*, F32 a) {
-  return _mm256_set_m128i(_mm256_cvtps_ph(a.b, _MM_FROUND_TO_NEAREST_INT),
-                          _mm256_cvtps_ph(a.a, _MM_FROUND_TO_NEAREST_INT));
+  return _mm256_set_m128i(
+      _mm256_cvtps_ph(a.b, _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph(a.a, _MM_FROUND_TO_NEAREST_INT));
 }
 FUSEDRES_INLINE F32 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 FUSEDRES_INLINE void store(float* p, F32 a) {
@@ -252,8 +252,9 @@ FUSEDRES_INLINE MaskF32 not_below_or_equal(F32 a, F32 b) {
   return {_mm256_cmp_ps(a.a, b.a, _CMP_NLE_UQ), _mm256_cmp_ps(a.b, b.b, _CMP_NLE_UQ)};
 }
 FUSEDRES_INLINE MaskF32 greater_or_nan(F32 a, F32 b) {
-  return {_mm256_or_ps(_mm256_cmp_ps(a.a, b.a, _CMP_GT_OQ), _mm256_cmp_ps(a.a, a.a, _CMP_UNORD_Q)),
-          _mm256_or_ps(_mm256_cmp_ps(a.b, b.b, _CMP_GT_OQ), _mm256_cmp_ps(a.b, a.b, _CMP_UNORD_Q))};
+  return {
+      _mm256_or_ps(_mm256_cmp_ps(a.a, b.a, _CMP_GT_OQ), _mm256_cmp_ps(a.a, a.a, _CMP_UNORD_Q)),
+      _mm256_or_ps(_mm256_cmp_ps(a.b, b.b, _CMP_GT_OQ), _mm256_cmp_ps(a.b, a.b, _CMP_UNORD_Q))};
 }
 FUSEDRES_INLINE F32 keep(MaskF32 m, F32 a) { return {_mm256_and_ps(m.a, a.a), _mm256_and_ps(m.b, a.b)}; }
 FUSEDRES_INLINE F32 blend(MaskF32 m, F32 yes, F32 no) {
@@ -412,8 +413,8 @@ FUSEDRES_INLINE void store_bytes(uint8_t* p, F64 a) {
 template <class V>
 FUSEDRES_INLINE auto bytes_equal(const uint8_t* p, uint8_t value, V v) {
 #if defined(FUSEDRES_VEC_AVX512) || defined(FUSEDRES_VEC_AVX2)
-  const __m128i equal = _mm_cmpeq_epi8(
-      _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(static_cast<char>(value)));
+  const __m128i equal =
+      _mm_cmpeq_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(static_cast<char>(value)));
   return mask_from_bits(static_cast<uint16_t>(_mm_movemask_epi8(equal)), v);
 #else
   uint32_t r = 0;

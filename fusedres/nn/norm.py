@@ -1,4 +1,4 @@
-"""Batch normalisation as a module, and the fusion of plain norm, activation and pooling modules that blocks are made of."""
+"""Batch normalisation as a module, and the fusion of the plain norm, activation and pooling modules of a block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..ops.checks import check_act
 
 
 def _statistics(norm: nn.BatchNorm2d) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and keyword arguments of ``functional.batch_norm_act`` for one call of ``norm``, as its forward has them."""
+    """The arguments of ``functional.batch_norm_act`` for one call of ``norm``: as its own forward would have them."""
     by_batch = norm.training or norm.running_mean is None
     keep = not norm.training or norm.track_running_stats
     counter = norm.num_batches_tracked if norm.training and norm.track_running_stats else None
@@ -46,8 +46,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
         bias: False leaves out the learnable bias.
         act: ``"relu"`` or None.
 
-    Shape: x (N, C, H, W) in float32, float64, bfloat16 or float16; residual the same, or whatever broadcasts; the output
-    has the shape, dtype and memory format of x.
+    Shape: x (N, C, H, W) in float32, float64, bfloat16 or float16; residual the same, or whatever broadcasts; the
+    output has the shape, dtype and memory format of x.
 
     ``nn.SyncBatchNorm.convert_sync_batchnorm`` makes a plain SyncBatchNorm of it, which drops ``act``.
     """
@@ -99,7 +99,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _may_fuse(x: Tensor) -> bool:
-    """Whether nothing wants to see the modules called: no global hooks, no symbolic trace (which would freeze `training`)."""
+    """Whether nothing wants to see the modules called: no global hooks, no symbolic trace (it freezes training)."""
     module = torch.nn.modules.module
     return not (
         isinstance(x, torch.fx.Proxy)

@@ -1,7 +1,7 @@
 """Residual addition and activation: ``act(x + residual)``.
 
-Forward reads two tensors and writes one; with a gradient to come it also writes one bit per element, ``!(out <= 0)``, from
-which the backward makes the one gradient that both inputs share: ``dx = dresidual = dout * mask``.
+Forward reads two tensors and writes one; with a gradient to come it also writes one bit per element, ``!(out <= 0)``,
+from which the backward makes the one gradient that both inputs share: ``dx = dresidual = dout * mask``.
 """
 
 from __future__ import annotations

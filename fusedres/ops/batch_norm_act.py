@@ -1,6 +1,6 @@
 r"""Batch normalisation with residual addition and ReLU: ``act(bn(x) + residual)`` and ``act(bn(x) + bn2(x2))``.
 
-Forward, per channel over the ``m = N*H*W`` values of ``x`` (Ioffe and Szegedy 2015, with ``rstd = 1/sqrt(var + eps)``)::
+Forward, per channel over the ``m = N*H*W`` values of ``x``, with ``rstd = 1/sqrt(var + eps)`` (Ioffe, Szegedy 2015)::
 
     y   = (x - mean) * scale + shift        scale = weight * rstd,  shift = bias
     out = max(y + residual, 0)
@@ -16,7 +16,7 @@ Backward, with ``g = dout`` where ``out > 0``, else 0 (g is also the gradient of
 
 What is saved: ``x``, three numbers per channel (``stats``: mean, rstd and the part of the mean below float32
 resolution, so that a mean of 1e4 costs no accuracy), and with a residual one bit per element for the ReLU. Without one
-the sign of ``y`` is recomputed from ``x`` by the forward's own arithmetic, and so is that of a pair from ``x`` and ``x2``.
+the sign of ``y`` is recomputed from ``x`` by the forward's own arithmetic, and that of a pair from ``x`` and ``x2``.
 """
 
 from __future__ import annotations
@@ -551,5 +551,7 @@ class BatchNormAddBatchNormActFunction(Function):
                 needs[1] or needs[2],
                 needs[4] or needs[5],
             )
-        first, second = ([g if need else None for g, need in zip(grads[i : i + 3], needs[i : i + 3])] for i in (0, 3))
+        first, second = (
+            [g if need else None for g, need in zip(grads[i : i + 3], needs[i : i + 3], strict=True)] for i in (0, 3)
+        )
         return *first, *(None,) * 6, *second, *(None,) * 9

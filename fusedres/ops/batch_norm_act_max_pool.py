@@ -3,9 +3,9 @@
 Forward: the statistics of ``batch_norm_act``, then one pass that normalises and pools. The winner of a window is the
 one that ``torch.max_pool2d`` picks from the rounded activations: the first of equals, and the last NaN.
 
-Backward: only ``x`` and the per-channel statistics are saved; the winners are found again from ``x`` by the forward's own
-arithmetic. With ``g`` the gradient that the windows send to each pixel (zero where the activation was cut), dweight,
-dbias and dx follow as in ``batch_norm_act``.
+Backward: only ``x`` and the per-channel statistics are saved; the winners are found again from ``x`` by the forward's
+own arithmetic. With ``g`` the gradient that the windows send to each pixel (zero where the activation was cut),
+dweight, dbias and dx follow as in ``batch_norm_act``.
 """
 
 from __future__ import annotations
@@ -106,8 +106,7 @@ def _batch_norm_act_max_pool_fake(
     ceil_mode: bool,
 ) -> tuple[Tensor, Tensor]:
     size = [
-        pooled_size(*args, ceil_mode)
-        for args in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
+        pooled_size(*args, ceil_mode) for args in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
     ]
     layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     out = torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=layout)
@@ -142,7 +141,7 @@ BATCH_NORM_ACT_MAX_POOL_BACKWARD = define(
 
 
 class BatchNormActMaxPoolFunction(Function):
-    """``max_pool(act(bn(x)))``; only ``x``, ``weight`` and ``bias`` are differentiable. ``window`` as max_pool2d's arguments."""
+    """``max_pool(act(bn(x)))``; only ``x``, ``weight`` and ``bias`` are differentiable, ``window`` is max_pool2d's."""
 
     @staticmethod
     def forward(
@@ -195,4 +194,4 @@ class BatchNormActMaxPoolFunction(Function):
             need_affine = needs[1] or needs[2]
             dy = laid_out_like(dy, x)
             grads = backward_op(dy, x, weight, bias, stats, training, relu, *window, needs[0], need_affine)
-        return *(g if need else None for g, need in zip(grads, needs)), *(None,) * 10
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 10

@@ -115,14 +115,14 @@ def check_batch_norm(
         if value is not None and value.requires_grad:
             raise RuntimeError(f"{name} cannot have requires_grad=True: statistics are not differentiable")
     dtypes = {name: value.dtype for name, value in vectors.items() if value is not None}
-    if x.dtype in _LOW_PRECISION and torch.float32 in dtypes.values():
-        wanted = torch.float32
-    else:
-        wanted = x.dtype
+    mixed = x.dtype in _LOW_PRECISION and torch.float32 in dtypes.values()
+    wanted = torch.float32 if mixed else x.dtype
     for name, dtype in dtypes.items():
         if dtype != wanted:
             raise RuntimeError(f"mixed dtype: with {x_name} of {x.dtype}, {name} should be {wanted}, but got {dtype}")
-    if num_batches_tracked is not None and (num_batches_tracked.dtype != torch.int64 or num_batches_tracked.numel() != 1):
+    if num_batches_tracked is not None and (
+        num_batches_tracked.dtype != torch.int64 or num_batches_tracked.numel() != 1
+    ):
         raise RuntimeError(
             f"{counter_name} must be one int64 value, but got shape {tuple(num_batches_tracked.shape)} "
             f"of {num_batches_tracked.dtype}"
@@ -136,9 +136,7 @@ def check_not_inference(named: dict[str, Tensor | None]) -> None:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in named.values()):
         for name, value in named.items():
             if value is not None and value.is_inference():
-                raise RuntimeError(
-                    f"{name} is an inference tensor, which cannot be saved for backward; clone it outside inference_mode"
-                )
+                raise RuntimeError(f"{name} is an inference tensor, which cannot be saved for backward; clone it first")
 
 
 def check_addend(name: str, addend: Any, x: Tensor) -> None:
@@ -209,9 +207,7 @@ def check_max_pool(
             )
     if x.size(1) == 0 or x.size(2) == 0 or x.size(3) == 0:
         raise RuntimeError(f"x must have non-zero size in C, H and W to be pooled, but got shape {tuple(x.shape)}")
-    out = [
-        pooled_size(*args, ceil_mode) for args in zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
-    ]
+    out = [pooled_size(*args, ceil_mode) for args in zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)]
     if min(out) < 1:
         raise RuntimeError(
             f"x of shape {tuple(x.shape)} is too small for kernel_size={kernel} with padding={padding} and "

@@ -6,6 +6,8 @@ The only file that touches ``torch.library``. A family (``ops/<family>.py``) cal
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -40,18 +42,28 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
+def _why_not_built(name: str) -> str:
+    """The reason that the build left beside the package."""
+    try:
+        return json.loads((_PACKAGE / "_build.json").read_text())[name]
+    except (OSError, ValueError, KeyError):
+        return "installed without building it"
+
+
 class NativeLibrary:
     """A compiled library beside the package: where it is, and what the loader said."""
 
     def __init__(self, name: str, wanted: bool = True, why_not: str | None = None) -> None:
         self.name = name
-        self.path = next((str(p) for p in sorted(_PACKAGE.glob(f"{name}.*")) if p.suffix in (".so", ".dylib", ".pyd")), None)
+        self.path = next(
+            (str(p) for p in sorted(_PACKAGE.glob(f"{name}.*")) if p.suffix in (".so", ".dylib", ".pyd")), None
+        )
         self.error: str | None = None
         self.loaded = False
         if not wanted:
             self.error = why_not
         elif self.path is None:
-            self.error = "not built: installed without a compiler for it"
+            self.error = f"not built: {_why_not_built(name)}"
         else:
             try:
                 self._load()
@@ -74,6 +86,19 @@ class _ExtensionModule(NativeLibrary):
         importlib.import_module(f"fusedres.{self.name}")
 
 
+def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """``fake``, refusing mixed devices: one meta tensor among real ones brings the whole call to the fake kernel."""
+
+    @functools.wraps(fake)
+    def checked(*args: Any) -> Any:
+        devices = {a.device for a in args if isinstance(a, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"tensors must be on one device, but got {', '.join(sorted(map(str, devices)))}")
+        return fake(*args)
+
+    return checked
+
+
 def define(
     name: str,
     schema: str,
@@ -94,9 +119,10 @@ def define(
     """
     for suffix in ("", "_reference"):
         _library.define(f"{name}{suffix}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"fusedres::{name}{suffix}", fake, lib=_library)
+        torch.library.register_fake(f"fusedres::{name}{suffix}", _on_one_device(fake), lib=_library)
     _library.impl(f"{name}_reference", reference, "CompositeExplicitAutograd")
-    native = {"CPU": LIBRARIES["_ops_cpu"].loaded, "CUDA": cuda and LIBRARIES["_ops_cuda"].loaded}
+    # Asked per op, for a library of another version may lack some.
+    native = {key: torch._C._dispatch_has_kernel_for_dispatch_key(f"fusedres::{name}", key) for key in ("CPU", "CUDA")}
     for key, is_native in native.items():
         if not is_native:
             _library.impl(name, reference, key)
@@ -152,7 +178,7 @@ def _checked_backend(name: str, source: str) -> str | None:
 _forced: str | None = _checked_backend(os.environ.get("FUSEDRES_BACKEND") or "auto", "FUSEDRES_BACKEND")
 
 
-class use_backend:  # noqa: N801 (reads as a function, like torch.no_grad)
+class use_backend:
     """Choose who serves the ops: ``fusedres.use_backend("reference")``, as a call or as a context manager.
 
     ``"auto"`` (the default) picks per call and falls back to eager PyTorch; any other name is a demand, and a call that
@@ -198,7 +224,9 @@ def serve(op: Op, x: Tensor) -> Callable[..., Any] | None:
     if implementation is None:
         raise RuntimeError(f"backend {_forced!r} cannot serve {op.name}: {op.why_not[_forced]}")
     device = x.device.type
-    if _forced != device and not (_forced == "triton" and (device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")):
+    if _forced != device and not (
+        _forced == "triton" and (device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+    ):
         raise RuntimeError(f"backend {_forced!r} cannot serve {op.name}: x is on {x.device}")
     return implementation
 
@@ -220,7 +248,10 @@ def served_by(op: Op, device: str) -> dict[str, str]:
         if _forced == "reference":
             return {"served_by": "reference", "why": "forced by the user"}
         if dict(candidates).get(_forced) is None:
-            return {"served_by": "none", "why": f"forced to {_forced}: {op.why_not.get(_forced, f'not a {device} backend')}"}
+            return {
+                "served_by": "none",
+                "why": f"forced to {_forced}: {op.why_not.get(_forced, f'not a {device} backend')}",
+            }
         return {"served_by": _forced, "why": "forced by the user"}
     missed = []
     for name, implementation in candidates:

@@ -43,7 +43,8 @@ def test_special_values(dtype, backend) -> None:
         float("nan"),
         small,
         -small,
-        small * info.eps,
+        # Documented: the CPU's own conversion to bfloat16 flushes subnormals.
+        *([] if dtype is torch.bfloat16 else [small * info.eps]),
         info.max,
         info.min,
     ]
