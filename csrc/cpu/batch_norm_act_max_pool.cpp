@@ -390,6 +390,12 @@ void winners_planes(
   const S* lines[kNoWinner];   // the window's rows
   int64_t offsets[kNoWinner];  // of its columns, in a row
   for (int64_t kw = 0; kw < p.kernel_w; ++kw) offsets[kw] = p.tap_offset(kw);
+  // Where nothing wins, all being minus infinity, the first position inside the input does, as in torch.
+  S* first_position = scratch + 2 * p.span_h() * p.row_length() + 2 * padded(p.width);
+  for (int64_t ow = 0; ow < p.out_width; ++ow) {
+    const Taps w = taps(ow * p.stride_w - p.pad_w, p.kernel_w, p.dilation_w, p.width);
+    first_position[ow] = static_cast<S>(w.first);
+  }
   for (int64_t plane = begin; plane < end; ++plane) {
     ring.start(plane);
     double total_g = 0.0, total_gx = 0.0;
@@ -403,7 +409,7 @@ void winners_planes(
       for (int64_t ow = 0; ow < p.out_width; ow += kLanes) {
         auto best = broadcast(-S(INFINITY));
         auto best_x = broadcast(S(0));
-        auto winner = broadcast(static_cast<S>(kNoWinner));
+        auto winner = load(first_position + ow) + broadcast(static_cast<S>(h.first * p.kernel_w));
         for (int64_t kh = h.first; kh < h.last; ++kh) {
           for (int64_t kw = 0; kw < p.kernel_w; ++kw) {
             const S* at = lines[kh] + offsets[kw] + ow;
