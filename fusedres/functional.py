@@ -53,6 +53,7 @@ __all__ = [
 ]
 
 _SMALL_ADD = 16 * 1024  # elements; below this the fixed cost of a call decides, and eager's relu(x + residual) has less
+_SMALL_NORM = 8 * 1024  # likewise, for batch normalisation
 _MOST_TAPS = 255  # elements of a pooling window that the native kernels can number
 
 # What a native op or the way to it raises when it refuses arguments; nothing has been updated then.
@@ -85,6 +86,8 @@ def _natively(op: registry.Op, x: Any, act: str | None) -> bool:
         and (act == "relu" or act is None)
         and not torch.compiler.is_compiling()
         and not _is_traced()
+        # A hook that packs saved tensors may raise after the statistics have moved: no second try then.
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         and x.is_cpu
     )
 
@@ -92,6 +95,31 @@ def _natively(op: registry.Op, x: Any, act: str | None) -> bool:
 def _distinct(t: Tensor, x: Tensor) -> Tensor:
     """``t``; while compiling a view of it if it is ``x``: Dynamo refuses a Function that is given one tensor twice."""
     return t.view_as(t) if t is x and torch.compiler.is_compiling() else t
+
+
+def _small_batch_norm(x: Tensor, norm: tuple[Any, ...]) -> Tensor | None:
+    """Eager's batch normalisation of a tensor so small that the cost of a call decides; None where checks are needed.
+
+    The conditions are those under which ``torch.batch_norm`` cannot fail half-way, with one statistic updated.
+    """
+    weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps = norm
+    if not training or x.numel() >= _SMALL_NORM or registry.forced():
+        return None
+    if weight is None or bias is None or running_mean is None or running_var is None:
+        return None
+    channels, dtype = x.size(1), weight.dtype
+    for v in (weight, bias, running_mean, running_var):
+        if v.dim() != 1 or v.numel() != channels or v.dtype != dtype or not v.is_cpu:
+            return None
+    wrong_dtype = dtype != x.dtype and (dtype != torch.float32 or x.dtype == torch.float64)
+    if wrong_dtype or x.dim() != 4 or x.numel() <= channels or type(momentum) is not float or not eps > 0:
+        return None
+    _check_statistics(training, running_mean, running_var)
+    _check_saved(x, weight, bias)
+    y = torch.batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, False)
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    return y
 
 
 def _check_saved(x: Tensor, *others: Tensor | None) -> None:
@@ -173,6 +201,10 @@ def batch_norm_act(
     norm = (weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
     try:
         if _natively(BATCH_NORM_ACT, x, act):
+            y = _small_batch_norm(x, norm) if residual is None or residual.shape == x.shape else None
+            if y is not None:
+                y = y if residual is None else y + residual
+                return y.relu_() if act == "relu" else y
             return _batch_norm_act(x, residual, norm, act, BATCH_NORM_ACT.cpu, BATCH_NORM_ACT_BACKWARD.cpu)
     except _REFUSED:
         pass

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .. import functional as fused
 from ..ops.checks import check_act
@@ -52,8 +51,6 @@ class BatchNormAct2d(nn.BatchNorm2d):
     ``nn.SyncBatchNorm.convert_sync_batchnorm`` makes a plain SyncBatchNorm of it, which drops ``act``.
     """
 
-    act: str | None
-
     def __init__(
         self,
         num_features: int,
@@ -74,11 +71,6 @@ class BatchNormAct2d(nn.BatchNorm2d):
         self.act = act
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if torch.jit.is_scripting():
-            y = super().forward(x)
-            if residual is not None:
-                y = y + residual
-            return F.relu(y) if self.act == "relu" else y
         if not isinstance(x, torch.fx.Proxy):
             _check_four_dimensional(x)
         positional, keywords = _statistics(self)

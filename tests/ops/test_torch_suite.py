@@ -12,6 +12,8 @@ import fusedres
 from fusedres import functional as F
 
 pytest.importorskip("expecttest")
+# Importing torch's test helpers would forbid setting backend flags for the rest of the process; other tests set them.
+torch.backends.disable_global_flags = lambda: None
 common_modules = pytest.importorskip("torch.testing._internal.common_modules")
 common_methods = pytest.importorskip("torch.testing._internal.common_methods_invocations")
 
