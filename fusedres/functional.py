@@ -62,13 +62,11 @@ _REFUSED = (RuntimeError, TypeError, ValueError, AttributeError)
 
 def _is_traced() -> bool:
     """Whether something records or transforms this call, so that it must see plain ATen ops."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    return (
-        torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+    return torch._C._get_tracing_state() is not None
 
 
 def _requires_grad(*tensors: Tensor | None) -> bool:
@@ -97,7 +95,7 @@ def _distinct(t: Tensor, x: Tensor) -> Tensor:
     return t.view_as(t) if t is x and torch.compiler.is_compiling() else t
 
 
-def _small_batch_norm(x: Tensor, norm: tuple[Any, ...]) -> Tensor | None:
+def _small_batch_norm(x: Tensor, residual: Tensor | None, norm: tuple[Any, ...]) -> Tensor | None:
     """Eager's batch normalisation of a tensor so small that the cost of a call decides; None where checks are needed.
 
     The conditions are those under which ``torch.batch_norm`` cannot fail half-way, with one statistic updated.
@@ -106,6 +104,13 @@ def _small_batch_norm(x: Tensor, norm: tuple[Any, ...]) -> Tensor | None:
     if not training or x.numel() >= _SMALL_NORM or registry.forced():
         return None
     if weight is None or bias is None or running_mean is None or running_var is None:
+        return None
+    if residual is not None:
+        alike = residual.shape == x.shape and residual.dtype == x.dtype
+        if not alike or not residual.is_cpu or residual.layout != torch.strided:
+            return None
+    n = num_batches_tracked
+    if n is not None and (not n.is_cpu or n.dtype != torch.int64 or n.numel() != 1 or n.is_inference()):
         return None
     channels, dtype = x.size(1), weight.dtype
     for v in (weight, bias, running_mean, running_var):
@@ -201,7 +206,7 @@ def batch_norm_act(
     norm = (weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
     try:
         if _natively(BATCH_NORM_ACT, x, act):
-            y = _small_batch_norm(x, norm) if residual is None or residual.shape == x.shape else None
+            y = _small_batch_norm(x, residual, norm)
             if y is not None:
                 y = y if residual is None else y + residual
                 return y.relu_() if act == "relu" else y
@@ -337,6 +342,8 @@ def batch_norm_add_batch_norm_act(
     )
     check_addend("x2", x2, x)
     unfused = _is_traced() or x.dim() != 4 or x.numel() == 0 or x2.shape != x.shape or x2.dtype != x.dtype
+    if torch.compiler.is_compiling():  # Dynamo refuses a Function that is given one tensor twice
+        unfused = unfused or any(b is not None and b is a for a, b in zip(first[:5], second[:5], strict=True))
     op = None if unfused else registry.serve(BATCH_NORM_ADD_BATCH_NORM_ACT, x)
     if op is None:
         check_not_inference({"x": x, "weight": weight, "x2": x2, "weight2": weight2})

@@ -43,4 +43,19 @@ inline void check_channel_vectors(
   }
 }
 
+// The statistics that a forward saved: (3, C), float64 for float64 x and float32 otherwise.
+inline void check_statistics(const Tensor& stats, const Tensor& x, int64_t channels) {
+  const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(
+      stats.dim() == 2 && stats.size(0) == 3 && stats.size(1) == channels && stats.is_contiguous() &&
+          stats.scalar_type() == dtype,
+      "stats must be the (3, C) statistics that the forward returned");
+}
+
+inline void check_mask(const Tensor& mask, int64_t bytes) {
+  STD_TORCH_CHECK(
+      mask.dim() == 1 && mask.numel() == bytes && mask.is_contiguous() && mask.scalar_type() == ScalarType::Byte,
+      "mask must be the one that the forward returned");
+}
+
 }  // namespace fusedres

@@ -122,6 +122,7 @@ void for_each_piece(int64_t numel, const F& f) {
 std::tuple<Tensor, Tensor> add_act_cpu(Tensor x, Tensor residual, bool relu, bool save_mask) {
   check_same_layout("residual", residual, x);
   STD_TORCH_CHECK(is_dense(x), "x must be dense");
+  STD_TORCH_CHECK(!save_mask || relu, "save_mask is for a ReLU");
   const int64_t numel = x.numel();
   Tensor out = uninitialized_like(x);
   Tensor mask = empty_vector(save_mask ? mask_bytes(numel) : 0, ScalarType::Byte, x);
@@ -141,7 +142,7 @@ std::tuple<Tensor, Tensor> add_act_cpu(Tensor x, Tensor residual, bool relu, boo
 Tensor add_act_backward_cpu(Tensor dy, Tensor mask) {
   const int64_t numel = dy.numel();
   STD_TORCH_CHECK(is_dense(dy), "dy must be dense");
-  STD_TORCH_CHECK(mask.numel() == mask_bytes(numel), "mask does not belong to dy");
+  check_mask(mask, mask_bytes(numel));
   Tensor dx = uninitialized_like(dy);
   dispatch(dy.scalar_type(), [&]<class T>(T*) {
     const MaskArgs<T> args{data<T>(dy), data<uint16_t>(mask), data<T>(dx), streams<T>(numel)};

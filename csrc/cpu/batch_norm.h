@@ -28,6 +28,7 @@ struct Tiling {
   int64_t blocks;
 
   explicit Tiling(const Layout4d& layout_) : layout(layout_) {
+    STD_TORCH_CHECK(layout.numel() > 0, "x must not be empty");
     const int64_t channels = layout.channels;
     if (layout.channels_last) {
       const int64_t repeat = kLanes / std::gcd(channels, int64_t{kLanes});

@@ -326,8 +326,8 @@ struct Backward {
     }
     return p;
   }
-  static FUSEDRES_INLINE Vec gradient(Vec g, Vec of_g, Vec of_x, Vec centred, Vec constant) {
-    if constexpr (kUsesX) return fma(of_g, g, fma(of_x, centred, constant));
+  static FUSEDRES_INLINE Vec gradient(bool uses_x, Vec g, Vec of_g, Vec of_x, Vec centred, Vec constant) {
+    if (kUsesX && (!kPair || uses_x)) return fma(of_g, g, fma(of_x, centred, constant));
     return of_g * g;
   }
   template <bool kFull>
@@ -336,9 +336,9 @@ struct Backward {
     Vec centred2 = centred;
     if constexpr (kPair) centred2 = get<kFull>(a.x2 + i, n) - p.bn2.mean;
     const Vec g = masked_gradient<T, kRelu, kPair, kFull>(a, p.bn, p.bn2, centred, centred2, i, word, n);
-    if (a.dx) put<kFull, kStream>(a.dx + i, gradient(g, p.of_g, p.of_x, centred, p.constant), n);
+    if (a.dx) put<kFull, kStream>(a.dx + i, gradient(a.uses_x, g, p.of_g, p.of_x, centred, p.constant), n);
     if constexpr (kPair) {
-      if (a.dx2) put<kFull, kStream>(a.dx2 + i, gradient(g, p.of_g2, p.of_x2, centred2, p.constant2), n);
+      if (a.dx2) put<kFull, kStream>(a.dx2 + i, gradient(a.uses_x2, g, p.of_g2, p.of_x2, centred2, p.constant2), n);
     } else {
       if (a.dresidual) put<kFull, kStream>(a.dresidual + i, g, n);
     }
@@ -379,7 +379,7 @@ FUSEDRES_INLINE void with_backward(const BackwardArgs<T>& a, const F& f) {
 
 template <class T, class F>
 FUSEDRES_INLINE void walk_backward(const BackwardArgs<T>& a, const F& f) {
-  if (!a.uses_x) return with_backward<T, false, false>(a, f);
+  if (!a.uses_x && !a.uses_x2) return with_backward<T, false, false>(a, f);
   a.stream ? with_backward<T, true, true>(a, f) : with_backward<T, true, false>(a, f);
   finish_streams(a.stream);
 }
@@ -556,6 +556,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_cpu(
   const NormArguments arguments{weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps};
   check_norm(arguments, x, layout);
   if (residual) check_same_layout("residual", *residual, x);
+  STD_TORCH_CHECK(
+      !save_mask || (relu && residual), "save_mask is for a residual and a ReLU; otherwise the mask is recomputed");
   Tensor out = uninitialized_like(x);
   Tensor stats = empty_statistics(layout, x);
   Tensor mask = empty_vector(save_mask ? mask_bytes(layout) : 0, ScalarType::Byte, x);
@@ -592,8 +594,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_cpu(
   const Layout4d layout = layout_of(x);
   check_same_layout("dy", dy, x);
   check_channel_vectors({&weight, &bias}, x, layout.channels);
-  STD_TORCH_CHECK(stats.numel() == 3 * layout.channels, "stats must have shape (3, C)");
-  STD_TORCH_CHECK(!mask || mask->numel() == mask_bytes(layout), "mask does not belong to x");
+  check_statistics(stats, x, layout.channels);
+  if (mask) check_mask(*mask, mask_bytes(layout));
   Tensor dx = wanted_like(need_dx, x);
   Tensor dresidual = wanted_like(need_dresidual, x);
   Tensor dweight = wanted_parameter_gradient(need_affine, weight, stats);
@@ -700,8 +702,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_batch_
   check_same_layout("x2", x2, x);
   check_channel_vectors({&weight, &bias}, x, layout.channels);
   check_channel_vectors({&weight2, &bias2}, x, layout.channels);
-  STD_TORCH_CHECK(
-      stats.numel() == 3 * layout.channels && stats2.numel() == stats.numel(), "stats must have shape (3, C)");
+  check_statistics(stats, x, layout.channels);
+  check_statistics(stats2, x, layout.channels);
   Tensor dx = wanted_like(need_dx, x);
   Tensor dx2 = wanted_like(need_dx2, x);
   Tensor dweight = wanted_parameter_gradient(need_affine, weight, stats);
@@ -737,7 +739,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_batch_
     args.gradient2 = norm2.gradient();
     args.dx = need_dx ? data<T>(dx) : nullptr;
     args.dx2 = need_dx2 ? data<T>(dx2) : nullptr;
-    args.uses_x = training || training2;
+    args.uses_x = training;
+    args.uses_x2 = training2;
     args.stream = layout.channels_last && streams<T>(layout.numel());
     NormBackward<T>* norms[] = {&norm, &norm2};
     const bool reduce = need_affine || need_affine2 || (training && need_dx) || (training2 && need_dx2);

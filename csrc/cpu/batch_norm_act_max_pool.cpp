@@ -554,7 +554,11 @@ Pooling pooling_of(
     STD_TORCH_CHECK(
         pad[d] >= 0 && pad[d] <= ((kernel[d] - 1) * dilation[d] + 1) / 2, "padding must be at most half of the window");
   }
-  STD_TORCH_CHECK(kernel[0] * kernel[1] <= kNoWinner, "windows of more than 255 elements are not supported");
+  STD_TORCH_CHECK(
+      kernel[0] <= kNoWinner && kernel[1] <= kNoWinner && kernel[0] * kernel[1] <= kNoWinner,
+      "windows of more than 255 elements are not supported");
+  STD_TORCH_CHECK(
+      layout.height >= dilation[0] && layout.width >= dilation[1], "windows may not lie in the padding altogether");
   Pooling p{
       layout.batch,
       layout.channels,
@@ -572,7 +576,9 @@ Pooling pooling_of(
       dilation[1]};
   p.out_height = pooled_size(p.height, p.kernel_h, p.stride_h, p.pad_h, p.dilation_h, ceil_mode);
   p.out_width = pooled_size(p.width, p.kernel_w, p.stride_w, p.pad_w, p.dilation_w, ceil_mode);
-  STD_TORCH_CHECK(p.height >= p.dilation_h && p.width >= p.dilation_w, "windows may not lie in the padding altogether");
+  // With one output the stride does not matter, and a huge one would make huge rings.
+  if (p.out_height == 1) p.stride_h = 1;
+  if (p.out_width == 1) p.stride_w = 1;
   return p;
 }
 
@@ -613,6 +619,8 @@ std::tuple<Tensor, Tensor> batch_norm_act_max_pool_cpu(
   dispatch(x.scalar_type(), [&]<class T>(T*) {
     using S = typename ScalarOf<T>::type;
     Scratch& scratch = Scratch::with(Norm<T>::scratch_bytes(tiling));
+    const int64_t scalars = scratch_scalars(p, layout.channels_last);
+    Scratch::with<Scratch::Task>(scalars * sizeof(S));  // fails, if it does, before the statistics move
     Norm<T> norm(arguments, data<T>(x), tiling, stats, scratch);
     Norm<T>* norms[] = {&norm};
     all_statistics(tiling, norms, 1);
@@ -622,7 +630,6 @@ std::tuple<Tensor, Tensor> batch_norm_act_max_pool_cpu(
     args.relu = relu;
     args.out = data<T>(out);
     const auto& kernels = max_pool_kernels<T>();
-    const int64_t scalars = scratch_scalars(p, layout.channels_last);
     const int64_t units = layout.channels_last ? p.batch * p.out_height : p.batch * p.channels;
     const int64_t per_task = layout.channels_last ? kPooledRows : 1;
     for_each_task(ceil_div(units, per_task), layout.numel(), [&](int64_t task) {
@@ -659,7 +666,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_max_pool_backward_cpu(
   for (int d = 0; d < 4; ++d) same = same && dy.size(d) == sizes[d] && (sizes[d] == 1 || dy.stride(d) == strides[d]);
   STD_TORCH_CHECK(same, "dy must have the shape and strides of the output, and the dtype of x");
   check_channel_vectors({&weight, &bias}, x, layout.channels);
-  STD_TORCH_CHECK(stats.numel() == 3 * layout.channels, "stats must have shape (3, C)");
+  check_statistics(stats, x, layout.channels);
   Tensor dx = wanted_like(need_dx, x);
   Tensor dweight = wanted_parameter_gradient(need_affine, weight, stats);
   Tensor dbias = wanted_parameter_gradient(need_affine, weight, stats);

@@ -64,10 +64,10 @@ struct BackwardArgs {
   ReluMask relu;
   // apply
   Gradient<S> gradient, gradient2;
-  T* dx;         // or null
-  T* dx2;        // or null
-  T* dresidual;  // or null
-  bool uses_x;   // false where of_x is zero throughout (evaluation)
+  T* dx;                 // or null
+  T* dx2;                // or null
+  T* dresidual;          // or null
+  bool uses_x, uses_x2;  // false in evaluation, where dx = g * of_g whatever x is
   bool stream;
 };
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from .layout import laid_out_like, mask_bytes, pack_mask, unpack_mask
+from .layout import is_channels_last, laid_out_like, mask_bytes, pack_mask, unpack_mask
 from .registry import define
 
 _DIMS = (0, 2, 3)
@@ -416,13 +416,16 @@ class BatchNormActFunction(Function):
             save_mask,
         )
         ctx.save_for_backward(x, weight, bias, stats, mask if save_mask else None)
-        ctx.config = (training, eps, relu, backward_op)
+        memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+        ctx.config = (training, eps, relu, memory_format, backward_op)
         return out
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, stats, mask = ctx.saved_tensors
-        training, eps, relu, backward_op = ctx.config
+        training, eps, relu, memory_format, backward_op = ctx.config
+        # The mask's bits are in the order that x had; a hook that packs saved tensors may have changed it.
+        x = x.contiguous(memory_format=memory_format)
         need_dx, need_dresidual, need_dweight, need_dbias = ctx.needs_input_grad[:4]
         need_affine = need_dweight or need_dbias
         dx = dresidual = dweight = dbias = None

@@ -146,8 +146,11 @@ def check_addend(name: str, addend: Any, x: Tensor) -> None:
         raise RuntimeError(f"{name} must be on the device of x, {x.device}, but got {addend.device}")
     if addend.layout != torch.strided:
         raise NotImplementedError(f"{name} must be a dense strided tensor, but got {addend.layout}")
+    if addend.is_quantized:
+        raise NotImplementedError(f"{name} must not be quantized, but got {addend.dtype}")
     if addend.is_complex():
         raise NotImplementedError(f"{name} must be real, but got {addend.dtype}")
+    torch.promote_types(x.dtype, addend.dtype)  # raises what the addition would, before anything is written
     if x.shape == addend.shape:
         return
     try:

@@ -13,8 +13,8 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def dense(x: Tensor) -> Tensor:
-    """``x`` itself where it is contiguous or channels_last; otherwise one copy in the nearer of the two."""
-    if x.is_contiguous() or is_channels_last(x):
+    """``x`` itself where it is contiguous or channels_last, or not 4-D; otherwise one copy in the nearer of the two."""
+    if x.dim() != 4 or x.is_contiguous() or is_channels_last(x):
         return x
     strides = x.stride()
     wants_channels_last = 0 < strides[1] <= min(strides[0], strides[2], strides[3])
