@@ -122,8 +122,8 @@ def _small_batch_norm(x: Tensor, residual: Tensor | None, norm: tuple[Any, ...])
     _check_statistics(training, running_mean, running_var)
     _check_saved(x, weight, bias)
     y = torch.batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, False)
-    if training and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
+    if n is not None:
+        n.add_(1)
     return y
 
 

@@ -15,18 +15,7 @@ from ..nn.blocks import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottlene
 from ..nn.conv import ConvBNAct2d
 from .config import ConfigError
 
-IMAGENET = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-)
+IMAGENET = tuple(name for name in models.__all__ if name.islower() and name != "cifar_resnet")
 CIFAR = {f"resnet{depth}": {"depth": depth} for depth in (20, 32, 44, 56, 110)}
 CIFAR |= {f"plain{depth}": {"depth": depth, "plain": True} for depth in (20, 32, 44, 56)}
 CIFAR |= {f"preresnet{depth}": {"depth": depth, "preact": True} for depth in (110, 164, 200, 1001)}
