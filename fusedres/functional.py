@@ -58,6 +58,7 @@ __all__ = [
 _SMALL_ADD = 16 * 1024
 _SMALL_NORM = 8 * 1024
 _SMALL_POOL = 4 * 1024
+_WINDOW = ("kernel_size", "stride", "padding", "dilation")
 _MOST_TAPS = 255  # elements of a pooling window that the native kernels can number
 
 # What a native op or the way to it raises when it refuses arguments; nothing has been updated then.
@@ -107,6 +108,7 @@ def _natively(op: registry.Op) -> bool:
 
 def _aten_batch_norm(
     x: Tensor,
+    residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
@@ -116,35 +118,41 @@ def _aten_batch_norm(
     momentum: float | None,
     eps: float,
 ) -> Tensor | None:
-    """``torch.batch_norm`` of a plain call, and the counter; None where that might fail with something updated.
+    """``torch.batch_norm`` of a plain call, the counter, the residual; None where checks are needed.
 
-    What ATen checks before it writes is not checked here: sizes, and that the dtypes of ``weight`` and the statistics
-    go with that of ``x``.
+    They are where something might fail after something else was updated. What ATen checks before it writes is not
+    checked here: sizes, and that the dtypes of ``weight`` and the statistics go with that of ``x``.
     """
     if (weight is not None and weight.dim() != 1) or (bias is not None and bias.dim() != 1):
         return None
-    n = num_batches_tracked
-    if training is True:
-        if type(momentum) is not float or not eps > 0 or _saved_tensors_hooks(False) is not None:
-            return None
-        if running_mean is None or running_var is None:
-            if running_mean is not running_var or x.numel() <= x.size(1):
-                return None
-        elif (
-            x.numel() <= running_mean.numel()
-            or not running_var.is_cpu
-            or (weight is not None and not weight.is_cpu)
-            or (bias is not None and not (bias.is_cpu and bias.dtype is running_mean.dtype))
-        ):
-            return None
-        if n is not None and (n.dtype is not torch.int64 or n.numel() != 1 or not n.is_cpu or n.is_inference()):
-            return None
-    elif training is not False or not eps >= 0:
+    if residual is not None and (residual.dtype is not x.dtype or residual.layout is not torch.strided):
         return None
-    y = torch.batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, False)
-    if training and n is not None:
+    if training is False:
+        if not eps >= 0:
+            return None
+        y = torch.batch_norm(x, weight, bias, running_mean, running_var, False, momentum, eps, False)
+        return y if residual is None else y.add_(residual)
+    if training is not True or type(momentum) is not float or not eps > 0 or _saved_tensors_hooks(False) is not None:
+        return None
+    if running_mean is None or running_var is None:
+        if running_mean is not running_var or x.numel() <= x.size(1):
+            return None
+    elif (
+        x.numel() <= running_mean.numel()
+        or not running_var.is_cpu
+        or (weight is not None and not weight.is_cpu)
+        or (bias is not None and (not bias.is_cpu or bias.dtype is not running_mean.dtype))
+    ):
+        return None
+    if residual is not None and (residual.shape != x.shape or not residual.is_cpu):
+        return None
+    n = num_batches_tracked
+    if n is not None and (n.dtype is not torch.int64 or n.numel() != 1 or not n.is_cpu or n.is_inference()):
+        return None
+    y = torch.batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps, False)
+    if n is not None:
         n.add_(_ONE)
-    return y
+    return y if residual is None else y.add_(residual)
 
 
 def _distinct(t: Tensor, x: Tensor) -> Tensor:
@@ -160,19 +168,26 @@ def _applied(function: type[Function]) -> Any:
     return super(Function, function).apply
 
 
-def _check_saved(x: Tensor, *others: Tensor | None) -> None:
-    """Before the kernels run: a tensor that autograd could not save would fail after the statistics have moved."""
-    if x.is_inference() or any(t is not None and t.is_inference() for t in others):
-        raise RuntimeError("inference tensors cannot be saved for backward")
+def _check_saved(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Before the kernels run: a tensor that autograd could not save would fail after the statistics have moved.
+
+    It is an inference tensor, and reading its version is the cheapest way to have it refused.
+    """
+    x._version  # noqa: B018
+    if weight is not None:
+        weight._version  # noqa: B018
+    if bias is not None:
+        bias._version  # noqa: B018
 
 
-def _check_statistics(training: Any, *statistics: Tensor | None) -> None:
+def _check_statistics(training: Any, running_mean: Tensor | None, running_var: Tensor | None) -> None:
     """What the native ops cannot see."""
     if training is not True and training is not False:
         raise TypeError("training must be bool")
-    for t in statistics:
-        if t is not None and t.requires_grad:
-            raise RuntimeError("statistics are not differentiable")
+    if (running_mean is not None and running_mean.requires_grad) or (
+        running_var is not None and running_var.requires_grad
+    ):
+        raise RuntimeError("statistics are not differentiable")
 
 
 _APPLY_NORM = _applied(BatchNormActFunction)
@@ -181,25 +196,20 @@ _APPLY_POOL = _applied(BatchNormActMaxPoolFunction)
 _APPLY_ADD = _applied(AddActFunction)
 
 
-def _adds_to(residual: Tensor, x: Tensor) -> bool:
-    """Whether ``residual`` can be added to a normalisation of ``x`` in place."""
-    return (
-        residual.shape == x.shape and residual.dtype is x.dtype and residual.is_cpu and residual.layout is torch.strided
-    )
-
-
 @functools.lru_cache(maxsize=64)
 def _pools(
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
+    kernel: int | tuple[int, int],
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int],
+    dilation: int | tuple[int, int],
+    batch: int,
     channels: int,
     height: int,
     width: int,
 ) -> bool:
     """Whether ATen pools by these windows: they fit, and none may lie in the padding altogether."""
-    for size, k, s, p, d in zip((height, width), kernel, stride, padding, dilation, strict=True):
+    pairs = (v if isinstance(v, tuple) else (v, v) for v in (kernel, stride, padding, dilation))
+    for size, k, s, p, d in zip((height, width), *pairs, strict=True):
         if not 1 <= min(k, s, d) <= max(k, s) < 2**31 or not 0 <= p <= ((k - 1) * d + 1) // 2 or d > size:
             return False
         if pooled_size(size, k, s, p, d, False) < 1:
@@ -269,20 +279,12 @@ def batch_norm_act(
         )
     try:
         if _is_plain(x, act):
-            if (
-                x.numel() < _SMALL_NORM
-                and not registry.forced()
-                and (residual is None or _adds_to(residual, x))
-                and (
-                    y := _aten_batch_norm(
-                        x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
-                    )
+            if x.numel() < _SMALL_NORM and not registry.forced():
+                y = _aten_batch_norm(
+                    x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
                 )
-                is not None
-            ):
-                if residual is not None:
-                    y.add_(residual)
-                return y if act is None else y.relu_()
+                if y is not None:
+                    return y if act is None else y.relu_()
             if _natively(BATCH_NORM_ACT):
                 statistics = (running_mean, running_var, num_batches_tracked, training, momentum, eps)
                 op, backward_op = BATCH_NORM_ACT.cpu._op, BATCH_NORM_ACT_BACKWARD.cpu._op
@@ -511,7 +513,8 @@ def _batch_norm_add_batch_norm_act(
     config = (statistics, statistics2, relu, memory_format, op, backward_op)
     if is_compiling():
         return BatchNormAddBatchNormActFunction.apply(x, weight, bias, _distinct(x2, x), weight2, bias2, config)
-    _check_saved(x, weight, bias, x2, weight2, bias2)
+    _check_saved(x, weight, bias)
+    _check_saved(x2, weight2, bias2)
     return _APPLY_PAIR(
         _unwrap_if_dead(x),
         weight if weight is None else _unwrap_if_dead(weight),
@@ -574,27 +577,21 @@ def batch_norm_act_max_pool(
             act=act,
             num_batches_tracked=num_batches_tracked,
         )
-    if type(kernel_size) is type(stride) is type(padding) is type(dilation) is int:
-        window = ((kernel_size, kernel_size), (stride, stride), (padding, padding), (dilation, dilation))
-    else:
-        kernel = pair("kernel_size", kernel_size)
-        window = (
-            kernel,
-            kernel if stride is None else pair("stride", stride),
-            pair("padding", padding),
-            pair("dilation", dilation),
-        )
+    window = (kernel_size, stride, padding, dilation)
+    if not type(kernel_size) is type(stride) is type(padding) is type(dilation) is int:
+        kernel_size = pair("kernel_size", kernel_size)
+        stride = kernel_size if stride is None else pair("stride", stride)
+        window = (kernel_size, stride, pair("padding", padding), pair("dilation", dilation))
     statistics = (running_mean, running_var, num_batches_tracked, training, momentum, eps)
     try:
         if _is_plain(x, act) and (ceil_mode is True or ceil_mode is False):
             if (
                 x.numel() < _SMALL_POOL
                 and not registry.forced()
-                and _pools(*window, *x.shape[1:])
-                and (y := _aten_batch_norm(x, weight, bias, *statistics)) is not None
+                and _pools(*window, *x.shape)
+                and (y := _aten_batch_norm(x, None, weight, bias, *statistics)) is not None
             ):
-                y = y if act is None else y.relu_()
-                return torch.max_pool2d(y, kernel_size, stride or (), padding, dilation, ceil_mode)
+                return torch.max_pool2d(y if act is None else y.relu_(), *window, ceil_mode)
             if _natively(BATCH_NORM_ACT_MAX_POOL):
                 op, backward_op = BATCH_NORM_ACT_MAX_POOL.cpu._op, BATCH_NORM_ACT_MAX_POOL_BACKWARD.cpu._op
                 return _batch_norm_act_max_pool(
@@ -606,6 +603,7 @@ def batch_norm_act_max_pool(
     check_act(act)
     check_batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     check_bool("ceil_mode", ceil_mode)
+    window = tuple(pair(name, value) for name, value in zip(_WINDOW, window, strict=True))
     check_max_pool(x, *window, ceil_mode)
     op = registry.serve(BATCH_NORM_ACT_MAX_POOL, x)
     if x.size(2) < window[3][0] or x.size(3) < window[3][1]:
