@@ -423,6 +423,32 @@ FUSEDRES_INLINE auto bytes_equal(const uint8_t* p, uint8_t value, V v) {
 #endif
 }
 
+// Whether two vectors of T are best stored together: they fill a cache line, which half a line streamed does not.
+#if defined(FUSEDRES_VEC_AVX512)
+template <class T>
+constexpr bool kStoredInPairs = sizeof(T) == 2;
+FUSEDRES_INLINE __m512i narrow(const bf16*, F32 a, F32 b) {
+  __m512bh r = _mm512_cvtne2ps_pbh(b.v, a.v);
+  __m512i u;
+  std::memcpy(&u, &r, sizeof u);
+  return u;
+}
+FUSEDRES_INLINE __m512i narrow(const half* p, F32 a, F32 b) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(p, a)), narrow(p, b), 1);
+}
+template <bool kStream, class T>
+FUSEDRES_INLINE void store_pair(T* p, F32 a, F32 b) {
+  if constexpr (kStream) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow(p, a, b));
+  } else {
+    _mm512_storeu_si512(p, narrow(p, a, b));
+  }
+}
+#else
+template <class T>
+constexpr bool kStoredInPairs = false;
+#endif
+
 // Copies 2 * kLanes elements, with zeros where the two words have zeros. 16-bit ones are not widened.
 template <bool kStream, class T>
 FUSEDRES_INLINE void copy_kept(T* to, const T* from, const uint16_t* words) {
