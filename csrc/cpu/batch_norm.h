@@ -427,8 +427,10 @@ class NormBackward {
         const double dweight = gx[c - begin] * rstd;
         // In evaluation exactly zero, whatever the sums are.
         const double by_x = training ? -scale * rstd * dweight * per_count : 0.0;
+        // An infinite gradient times nothing would be NaN.
+        const double of_low = std::isfinite(by_x * mean_low) ? by_x * mean_low : 0.0;
         of_x[c - begin] = static_cast<S>(by_x);
-        constant[c - begin] = static_cast<S>(training ? -scale * g[c - begin] * per_count - by_x * mean_low : 0.0);
+        constant[c - begin] = static_cast<S>(training ? -scale * g[c - begin] * per_count - of_low : 0.0);
         gx[c - begin] = dweight;
       }
       params_.write_gradient(which_, of_x, constant, begin, end);

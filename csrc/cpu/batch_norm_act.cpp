@@ -231,7 +231,7 @@ struct Reduce {
   using Vec = typename Compute<T>::Vec;
   static constexpr int kSlots = Slots<kPair>::backward;
   static constexpr int kSums = kPair ? 3 : 2;
-  static constexpr int64_t kTile = 64;
+  static constexpr int64_t kTile = kTogether<Scalar> > 1 ? 64 : 16;  // chains of 16 roundings
   const BackwardArgs<T> a;
   const Scalar* params = a.params;
 
