@@ -10,6 +10,10 @@
 
 #include "types.h"
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #define FUSEDRES_INLINE inline __attribute__((always_inline))
 
 #if defined(__AVX512F__)
@@ -47,6 +51,19 @@ constexpr int kNativeBytes = 32;
 constexpr int kNativeBytes = 16;
 #endif
 
+template <class S, class Native>
+FUSEDRES_INLINE Native multiply_add(Native a, Native b, Native c) {
+#if defined(__aarch64__)
+  if constexpr (sizeof(S) == 4) {
+    return (Native)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+  } else {
+    return (Native)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+  }
+#else
+  return a * b + c;
+#endif
+}
+
 template <class S, class I>
 struct Pack {
   typedef S Native __attribute__((vector_size(kNativeBytes)));
@@ -70,7 +87,10 @@ struct Pack {
     for (int i = 0; i < kParts; ++i) a.v[i] *= b.v[i];
     return a;
   }
-  FUSEDRES_INLINE friend Pack fma(Pack a, Pack b, Pack c) { return a * b + c; }
+  FUSEDRES_INLINE friend Pack fma(Pack a, Pack b, Pack c) {
+    for (int i = 0; i < kParts; ++i) c.v[i] = multiply_add<S>(a.v[i], b.v[i], c.v[i]);
+    return c;
+  }
   FUSEDRES_INLINE friend Mask not_below_or_equal(Pack a, Pack b) {
     Mask m;
     for (int i = 0; i < kParts; ++i) m.v[i] = ~(a.v[i] <= b.v[i]);
