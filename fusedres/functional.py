@@ -54,10 +54,13 @@ __all__ = [
     "conv_bn_act",
 ]
 
-# Elements below which ATen's own kernels serve: there the fixed cost of a call decides, and theirs is smaller.
-_SMALL_ADD = 16 * 1024
-_SMALL_NORM = 8 * 1024
-_SMALL_POOL = 4 * 1024
+# Elements below which ATen's own kernels serve, for there the fixed cost of a call decides. As measured: of a
+# channels_last tensor and of a contiguous one, without a residual and with one, for forward and backward together.
+_SMALL_TRAINING = ((4 * 1024, 8 * 1024), (0, 4 * 1024))
+_SMALL_EVALUATION = ((8 * 1024, 24 * 1024), (4 * 1024, 12 * 1024))
+_SMALL_POOL = 24 * 1024  # of a contiguous tensor; none of a channels_last one
+_SMALL_ADD = 8 * 1024  # of any dtype
+_SMALL_WIDE_ADD = 64 * 1024  # of more than 16 bits, on a CPU
 _WINDOW = ("kernel_size", "stride", "padding", "dilation")
 _MOST_TAPS = 255  # elements of a pooling window that the native kernels can number
 
@@ -279,7 +282,11 @@ def batch_norm_act(
         )
     try:
         if _is_plain(x, act):
-            if x.numel() < _SMALL_NORM and not registry.forced():
+            numel = x.numel()
+            small, small_contiguous = (_SMALL_TRAINING if training else _SMALL_EVALUATION)[residual is not None]
+            if (
+                numel < small or (numel < small_contiguous and not x.is_contiguous(memory_format=torch.channels_last))
+            ) and not registry.forced():
                 y = _aten_batch_norm(
                     x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
                 )
@@ -587,6 +594,7 @@ def batch_norm_act_max_pool(
         if _is_plain(x, act) and (ceil_mode is True or ceil_mode is False):
             if (
                 x.numel() < _SMALL_POOL
+                and not x.is_contiguous(memory_format=torch.channels_last)
                 and not registry.forced()
                 and _pools(*window, *x.shape)
                 and (y := _aten_batch_norm(x, None, weight, bias, *statistics)) is not None
@@ -682,7 +690,7 @@ def add_act(x: Tensor, residual: Tensor, *, act: str | None = "relu") -> Tensor:
         and type(residual) is Tensor
         and act == "relu"
         and not is_compiling()
-        and x.numel() < _SMALL_ADD
+        and (x.numel() < _SMALL_ADD or (x.numel() < _SMALL_WIDE_ADD and x.element_size() > 2 and x.is_cpu))
         and residual.layout is torch.strided
         and not registry.forced()
     ):
@@ -736,7 +744,8 @@ def _fused_add(x: Any, residual: Any, act: str | None) -> Any:
     if x.stride() != residual.stride() or not is_dense:
         return None
     op = registry.serve(ADD_ACT, x)
-    return op if registry.forced() or x.numel() >= _SMALL_ADD else None
+    limit = _SMALL_WIDE_ADD if x.element_size() > 2 and x.is_cpu else _SMALL_ADD
+    return op if registry.forced() or x.numel() >= limit else None
 
 
 def conv_bn_act(
