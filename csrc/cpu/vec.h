@@ -423,6 +423,35 @@ FUSEDRES_INLINE auto bytes_equal(const uint8_t* p, uint8_t value, V v) {
 #endif
 }
 
+// Copies 2 * kLanes elements, with zeros where the two words have zeros. 16-bit ones are not widened.
+template <bool kStream, class T>
+FUSEDRES_INLINE void copy_kept(T* to, const T* from, const uint16_t* words) {
+#if defined(FUSEDRES_VEC_AVX512)
+  if constexpr (sizeof(T) == 2) {
+    uint32_t bits;
+    std::memcpy(&bits, words, sizeof bits);
+    __m512i v = _mm512_loadu_si512(from);
+    asm("" : "+v"(v));  // see keep()
+    v = _mm512_maskz_mov_epi16(bits, v);
+    if constexpr (kStream) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), v);
+    } else {
+      _mm512_storeu_si512(to, v);
+    }
+    return;
+  }
+#endif
+  for (int part = 0; part < 2; ++part) {
+    auto v = load(from + part * kLanes);
+    v = keep(mask_from_bits(words[part], v), v);
+    if constexpr (kStream) {
+      stream(to + part * kLanes, v);
+    } else {
+      store(to + part * kLanes, v);
+    }
+  }
+}
+
 template <class V, class S>
 FUSEDRES_INLINE void add_to(S* p, V a) {
   store(p, load(p) + a);
