@@ -154,7 +154,7 @@ def _batch_norm_act_backward_apply_reference(
     need_dresidual: bool,
 ) -> tuple[Tensor, Tensor]:
     g = _reference_gradient(dy, x, weight, bias, stats, mask, relu)
-    dx = dresidual = x.new_empty(0)
+    dx, dresidual = x.new_empty(0), x.new_empty(0)
     if need_dx:
         channels = x.size(1)
         rstd = stats[1].double()
