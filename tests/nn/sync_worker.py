@@ -299,6 +299,19 @@ def run_two(rank: int) -> dict[str, Any]:
     found["fx"] = torch.equal(graph(x), norm(5)(x))
 
     found["twice"] = second_derivatives(rank)
+
+    # one graph, collectives included
+    x = x.detach().requires_grad_()
+    plain, module = norm(5), norm(5)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (plain, compiled):
+        y = function(x, residual)
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), x)))
+    results[0] += (plain.running_var,)
+    results[1] += (module.running_var,)
+    found["compiled"] = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
     with torch.autocast("cpu", torch.bfloat16):
         module = nn.Sequential(nn.Conv2d(5, 5, 1), norm(5))
         y = module(x)

@@ -195,6 +195,7 @@ def test_statistics_keep_a_large_mean(two):
         "own group",
         "copies",
         "fx",
+        "compiled",
     ],
 )
 def test_in_two_processes(two, what):
