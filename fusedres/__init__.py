@@ -16,6 +16,7 @@ from .nn import (
     ConvBNAct2d,
     PreActBasicBlock,
     PreActBottleneck,
+    SyncBatchNormAct2d,
     zero_init_residual,
 )
 from .ops.registry import use_backend
@@ -27,6 +28,7 @@ __all__ = [
     "ConvBNAct2d",
     "PreActBasicBlock",
     "PreActBottleneck",
+    "SyncBatchNormAct2d",
     "__version__",
     "functional",
     "info",

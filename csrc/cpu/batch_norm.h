@@ -80,12 +80,10 @@ struct NormArguments {
   double eps;
 };
 
-inline void check_norm(const NormArguments& a, const Tensor& x, const Layout4d& layout) {
-  const int64_t channels = layout.channels;
+// The arguments without the batch: of one that other processes have more of, a part may be of any size.
+inline void check_norm_arguments(const NormArguments& a, const Tensor& x, int64_t channels) {
   check_channel_vectors({&a.weight, &a.bias, &a.running_mean, &a.running_var}, x, channels);
-  STD_TORCH_CHECK(layout.numel() > 0, "x must not be empty");
   if (a.training) {
-    STD_TORCH_CHECK(layout.pixels() > 1, "training needs more than one value per channel");
     STD_TORCH_CHECK(a.eps > 0, "eps must be positive during training");
     STD_TORCH_CHECK(
         a.running_mean.has_value() == a.running_var.has_value(), "running_mean and running_var go together");
@@ -99,6 +97,12 @@ inline void check_norm(const NormArguments& a, const Tensor& x, const Layout4d& 
         "num_batches_tracked must be one int64 value");
   }
   STD_TORCH_CHECK(a.momentum || a.num_batches_tracked || !a.training, "momentum=None needs num_batches_tracked");
+}
+
+inline void check_norm(const NormArguments& a, const Tensor& x, const Layout4d& layout) {
+  check_norm_arguments(a, x, layout.channels);
+  STD_TORCH_CHECK(layout.numel() > 0, "x must not be empty");
+  STD_TORCH_CHECK(!a.training || layout.pixels() > 1, "training needs more than one value per channel");
 }
 
 // Work per channel goes through doubles, so many channels at a time.
@@ -195,6 +199,76 @@ class ParamTable {
   S* data_;
 };
 
+// The values of one channel, taken together part by part (Chan, Golub and LeVeque 1979).
+class Moments {
+ public:
+  void add(double count, double mean, double m2) {
+    if (count == 0.0) return;
+    sum_ += mean * count;
+    if (count_ == 0.0) {
+      count_ = count;
+      mean_ = mean;
+      m2_ = m2;
+      return;
+    }
+    const double delta = mean - mean_;
+    count_ += count;
+    mean_ += delta * (count / count_);
+    m2_ += m2 + delta * delta * (count * (count_ - count) / count_);
+  }
+  // With Inf among the values, deviations from an infinite mean are NaN, but the mean itself is not.
+  double mean() const { return std::isfinite(mean_) ? mean_ : sum_ / count_; }
+  double m2() const { return m2_; }
+
+ private:
+  double count_ = 0.0, mean_ = 0.0, m2_ = 0.0, sum_ = 0.0;
+};
+
+// Channel c of the statistics per block and column.
+inline Moments merge_blocks(const Tiling& tiling, const double* mean, const double* m2, int64_t c) {
+  Moments merged;
+  for (int64_t block = 0; block < tiling.blocks; ++block) {
+    for (int64_t column = c; column < tiling.columns; column += tiling.layout.channels) {
+      const int64_t i = block * tiling.columns + column;
+      merged.add(tiling.count(block, column), mean[i], m2[i]);
+    }
+  }
+  return merged;
+}
+
+// Moves the running statistics of channels [c0, c1), at most kChannelChunk, towards the mean and variance of a batch.
+inline void move_running(
+    const ChannelVector& running_mean,
+    const ChannelVector& running_var,
+    double momentum,
+    double count,
+    int64_t c0,
+    int64_t c1,
+    const double* mean,
+    const double* var) {
+  double running[kChannelChunk];
+  running_mean.read(c0, c1, running);
+  for (int64_t i = 0; i < c1 - c0; ++i) running[i] = (1.0 - momentum) * running[i] + momentum * mean[i];
+  running_mean.write(c0, c1, running);
+  running_var.read(c0, c1, running);
+  const double unbiased = count / (count - 1.0);
+  for (int64_t i = 0; i < c1 - c0; ++i) running[i] = (1.0 - momentum) * running[i] + momentum * (var[i] * unbiased);
+  running_var.write(c0, c1, running);
+}
+
+// To the saved statistics (3, C): mean, rstd and the part of the mean below their resolution.
+template <class S>
+void save_statistics(
+    S* stats, int64_t channels, double eps, int64_t c0, int64_t c1, const double* mean, const double* var) {
+  for (int64_t c = c0; c < c1; ++c) {
+    const double m = mean[c - c0];
+    stats[c] = static_cast<S>(m);
+    stats[channels + c] = static_cast<S>(1.0 / std::sqrt(var[c - c0] + eps));
+    // Zero where the mean is not finite: Inf - Inf would turn an infinite mean into NaN.
+    stats[2 * channels + c] = std::isfinite(m) ? static_cast<S>(m - static_cast<double>(stats[c])) : S(0);
+  }
+}
+
 // The forward side of one normalisation: statistics of x, running statistics, saved statistics, column parameters.
 template <class T>
 class Norm {
@@ -250,7 +324,6 @@ class Norm {
 
   // Merges the blocks' statistics (Chan, Golub and LeVeque 1979) and moves the running ones, for channels [c0, c1).
   void finish(int64_t c0, int64_t c1) {
-    const int64_t channels = tiling_.layout.channels;
     for_each_chunk(c0, c1, [&](int64_t begin, int64_t end) {
       double mean[kChannelChunk], var[kChannelChunk];
       if (training) {
@@ -259,13 +332,7 @@ class Norm {
         running_mean_.read(begin, end, mean);
         running_var_.read(begin, end, var);
       }
-      for (int64_t c = begin; c < end; ++c) {
-        const double m = mean[c - begin];
-        stats_[c] = static_cast<S>(m);
-        stats_[channels + c] = static_cast<S>(1.0 / std::sqrt(var[c - begin] + eps_));
-        // Zero where the mean is not finite: Inf - Inf would turn an infinite mean into NaN.
-        stats_[2 * channels + c] = std::isfinite(m) ? static_cast<S>(m - static_cast<double>(stats_[c])) : S(0);
-      }
+      save_statistics(stats_, tiling_.layout.channels, eps_, begin, end, mean, var);
       params_.write_affine(which_, stats_, weight_, bias_, begin, end);
     });
   }
@@ -273,41 +340,13 @@ class Norm {
  private:
   // Mean and biased variance of channels [c0, c1), at most kChannelChunk; moves their running statistics.
   void merge(int64_t c0, int64_t c1, double* mean, double* var) {
-    const int64_t channels = tiling_.layout.channels;
     const double count = static_cast<double>(tiling_.layout.pixels());
     for (int64_t c = c0; c < c1; ++c) {
-      double n = 0.0, m = 0.0, m2 = 0.0, sum = 0.0;
-      for (int64_t block = 0; block < tiling_.blocks; ++block) {
-        for (int64_t column = c; column < tiling_.columns; column += channels) {
-          const double block_n = tiling_.count(block, column);
-          if (block_n == 0.0) continue;
-          const int64_t i = block * tiling_.columns + column;
-          sum += mean_[i] * block_n;
-          if (n == 0.0) {
-            n = block_n;
-            m = mean_[i];
-            m2 = m2_[i];
-            continue;
-          }
-          const double delta = mean_[i] - m;
-          n += block_n;
-          m += delta * (block_n / n);
-          m2 += m2_[i] + delta * delta * (block_n * (n - block_n) / n);
-        }
-      }
-      // With Inf in x, deviations from an infinite mean are NaN, but the mean itself is not.
-      mean[c - c0] = std::isfinite(m) ? m : sum / count;
-      var[c - c0] = m2 / count;
+      const Moments merged = merge_blocks(tiling_, mean_, m2_, c);
+      mean[c - c0] = merged.mean();
+      var[c - c0] = merged.m2() / count;
     }
-    if (!running_mean_) return;
-    double running[kChannelChunk];
-    running_mean_.read(c0, c1, running);
-    for (int64_t i = 0; i < c1 - c0; ++i) running[i] = (1.0 - momentum_) * running[i] + momentum_ * mean[i];
-    running_mean_.write(c0, c1, running);
-    running_var_.read(c0, c1, running);
-    const double unbiased = count / (count - 1.0);
-    for (int64_t i = 0; i < c1 - c0; ++i) running[i] = (1.0 - momentum_) * running[i] + momentum_ * (var[i] * unbiased);
-    running_var_.write(c0, c1, running);
+    if (running_mean_) move_running(running_mean_, running_var_, momentum_, count, c0, c1, mean, var);
   }
 
   const T* x_;
@@ -336,6 +375,18 @@ void for_each_block(const Tiling& tiling, const F& f) {
   });
 }
 
+// Pieces of an element-wise pass, walked from the end: what the pass before it touched last is still cached.
+template <class F>
+void for_each_piece_backwards(const Tiling& tiling, const F& f) {
+  const int64_t height_elements = tiling.layout.numel() / tiling.height + 1;
+  const int64_t piece = std::max<int64_t>(1, ceil_div(ceil_div(32 * 1024, height_elements), 8) * 8);
+  const int64_t tasks = ceil_div(tiling.height, piece);
+  for_each_task(tasks, tiling.layout.numel(), [&](int64_t task) {
+    const int64_t begin = (tasks - 1 - task) * piece;
+    f(Range{begin, std::min(begin + piece, tiling.height), 0, tiling.columns});
+  });
+}
+
 // The statistics of the normalisations that train, then `finish` of all.
 template <class T>
 void all_statistics(const Tiling& tiling, Norm<T>* const* norms, int64_t count) {
@@ -357,6 +408,36 @@ inline Tensor empty_statistics(const Layout4d& layout, const Tensor& x) {
 inline int64_t mask_bytes(const Layout4d& layout) {
   if (layout.channels_last) return 2 * ceil_div(layout.numel(), kLanes);
   return 2 * layout.batch * layout.channels * ceil_div(layout.area(), kLanes);
+}
+
+// The coefficients of dx of channels [c0, c1), at most kChannelChunk, from the sums of g and of g*(x - mean) over the
+// `count` values of a channel.
+template <class T, class S>
+void write_gradient(
+    ParamTable<T>& params,
+    Which which,
+    const S* stats,
+    int64_t channels,
+    bool training,
+    double count,
+    int64_t c0,
+    int64_t c1,
+    const double* g,
+    const double* gx) {
+  const double per_count = 1.0 / count;
+  S of_x[kChannelChunk], constant[kChannelChunk];
+  for (int64_t c = c0; c < c1; ++c) {
+    const double rstd = stats[channels + c];
+    const double mean_low = stats[2 * channels + c];
+    const double scale = params.scale(which, c);
+    // In evaluation exactly zero, whatever the sums are.
+    const double by_x = training ? -scale * rstd * (gx[c - c0] * rstd) * per_count : 0.0;
+    // An infinite gradient times nothing would be NaN.
+    const double of_low = std::isfinite(by_x * mean_low) ? by_x * mean_low : 0.0;
+    of_x[c - c0] = static_cast<S>(by_x);
+    constant[c - c0] = static_cast<S>(training ? -scale * g[c - c0] * per_count - of_low : 0.0);
+  }
+  params.write_gradient(which, of_x, constant, c0, c1);
 }
 
 // The backward side of one normalisation: from sums of g and g*(x - mean) to dweight, dbias and the coefficients of dx.
@@ -397,44 +478,46 @@ class NormBackward {
   // Per block and column: the sum of g*(x - mean).
   double* sum(int64_t block) const { return sum_ + block * tiling_.columns; }
 
+  // Sums of g and of g*(x - mean) of channels [c0, c1), at most kChannelChunk, from those per block and column.
+  void totals(const double* sum_g, int64_t c0, int64_t c1, double* g, double* gx) const {
+    const int64_t channels = tiling_.layout.channels;
+    std::fill(g, g + (c1 - c0), 0.0);
+    std::fill(gx, gx + (c1 - c0), 0.0);
+    for (int64_t block = 0; block < tiling_.blocks; ++block) {
+      for (int64_t first = 0; first < tiling_.columns; first += channels) {
+        const int64_t at = block * tiling_.columns + first;
+        for (int64_t c = c0; c < c1; ++c) {
+          g[c - c0] += sum_g[at + c];
+          gx[c - c0] += sum_[at + c];
+        }
+      }
+    }
+    for (int64_t c = c0; c < c1; ++c) {
+      const double correction = static_cast<double>(stats_[2 * channels + c]) * g[c - c0];
+      if (std::isfinite(correction)) gx[c - c0] -= correction;
+    }
+  }
+
+  // dweight and dbias of channels [c0, c1), at most kChannelChunk, where they are wanted.
+  void write_parameter_gradients(int64_t c0, int64_t c1, const double* g, const double* gx) const {
+    if (dbias_) dbias_.write(c0, c1, g);
+    if (!dweight_) return;
+    double dweight[kChannelChunk];
+    const S* rstd = stats_ + tiling_.layout.channels;
+    for (int64_t c = c0; c < c1; ++c) dweight[c - c0] = gx[c - c0] * static_cast<double>(rstd[c]);
+    dweight_.write(c0, c1, dweight);
+  }
+
   // With sum_g per block and column, for channels [c0, c1); `reduced` says whether the sums were taken at all.
   void finish(const double* sum_g, bool reduced, int64_t c0, int64_t c1) {
-    const int64_t channels = tiling_.layout.channels;
-    const double per_count = 1.0 / static_cast<double>(tiling_.layout.pixels());
+    const double count = static_cast<double>(tiling_.layout.pixels());
     for_each_chunk(c0, c1, [&](int64_t begin, int64_t end) {
       double g[kChannelChunk] = {}, gx[kChannelChunk] = {};
-      S of_x[kChannelChunk], constant[kChannelChunk];
       if (reduced) {
-        for (int64_t block = 0; block < tiling_.blocks; ++block) {
-          for (int64_t first = 0; first < tiling_.columns; first += channels) {
-            const int64_t at = block * tiling_.columns + first;
-            for (int64_t c = begin; c < end; ++c) {
-              g[c - begin] += sum_g[at + c];
-              gx[c - begin] += sum_[at + c];
-            }
-          }
-        }
-        for (int64_t c = begin; c < end; ++c) {
-          const double correction = static_cast<double>(stats_[2 * channels + c]) * g[c - begin];
-          if (std::isfinite(correction)) gx[c - begin] -= correction;
-        }
-        if (dbias_) dbias_.write(begin, end, g);
+        totals(sum_g, begin, end, g, gx);
+        write_parameter_gradients(begin, end, g, gx);
       }
-      for (int64_t c = begin; c < end; ++c) {
-        const double rstd = stats_[channels + c];
-        const double mean_low = stats_[2 * channels + c];
-        const double scale = params_.scale(which_, c);
-        const double dweight = gx[c - begin] * rstd;
-        // In evaluation exactly zero, whatever the sums are.
-        const double by_x = training ? -scale * rstd * dweight * per_count : 0.0;
-        // An infinite gradient times nothing would be NaN.
-        const double of_low = std::isfinite(by_x * mean_low) ? by_x * mean_low : 0.0;
-        of_x[c - begin] = static_cast<S>(by_x);
-        constant[c - begin] = static_cast<S>(training ? -scale * g[c - begin] * per_count - of_low : 0.0);
-        gx[c - begin] = dweight;
-      }
-      params_.write_gradient(which_, of_x, constant, begin, end);
-      if (reduced && dweight_) dweight_.write(begin, end, gx);
+      write_gradient(params_, which_, stats_, tiling_.layout.channels, training, count, begin, end, g, gx);
     });
   }
 

@@ -369,18 +369,6 @@ template const BatchNormKernels<half>& batch_norm_kernels<half>();
 namespace fusedres::cpu {
 namespace {
 
-// Pieces of an element-wise pass, walked from the end: what the pass before it touched last is still cached.
-template <class F>
-void for_each_piece_backwards(const Tiling& tiling, const F& f) {
-  const int64_t height_elements = tiling.layout.numel() / tiling.height + 1;
-  const int64_t piece = std::max<int64_t>(1, ceil_div(ceil_div(32 * 1024, height_elements), 8) * 8);
-  const int64_t tasks = ceil_div(tiling.height, piece);
-  for_each_task(tasks, tiling.layout.numel(), [&](int64_t task) {
-    const int64_t begin = (tasks - 1 - task) * piece;
-    f(Range{begin, std::min(begin + piece, tiling.height), 0, tiling.columns});
-  });
-}
-
 template <class T>
 void run_forward(ForwardArgs<T> args, const Tiling& tiling, Norm<T>* const* norms, int64_t count) {
   const auto& kernels = batch_norm_kernels<T>();

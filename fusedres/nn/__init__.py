@@ -4,6 +4,7 @@ from .blocks import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck
 from .conv import ConvBNAct2d
 from .init import zero_init_residual
 from .norm import BatchNormAct2d
+from .sync import SyncBatchNormAct2d
 
 __all__ = [
     "BasicBlock",
@@ -12,5 +13,6 @@ __all__ = [
     "ConvBNAct2d",
     "PreActBasicBlock",
     "PreActBottleneck",
+    "SyncBatchNormAct2d",
     "zero_init_residual",
 ]

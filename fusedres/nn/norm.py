@@ -72,7 +72,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
     Shape: x (N, C, H, W) in float32, float64, bfloat16 or float16; residual the same, or whatever broadcasts; the
     output has the shape, dtype and memory format of x.
 
-    ``nn.SyncBatchNorm.convert_sync_batchnorm`` makes a plain SyncBatchNorm of it, which drops ``act``.
+    ``SyncBatchNormAct2d.convert_sync_batchnorm`` keeps ``act``; ``nn.SyncBatchNorm``'s makes a plain SyncBatchNorm of
+    it, which drops it.
     """
 
     def __init__(
@@ -99,7 +100,9 @@ class BatchNormAct2d(nn.BatchNorm2d):
         if not traced:
             _check_four_dimensional(x)
         positional, keywords = _statistics(self, traced)
-        return fused.batch_norm_act(x, *positional, residual, **keywords, act=self.act)
+        return self._batch_norm_act(x, *positional, residual, **keywords, act=self.act)
+
+    _batch_norm_act = staticmethod(fused.batch_norm_act)
 
     def extra_repr(self) -> str:
         without_bias = ", bias=False" if self.affine and self.bias is None else ""
@@ -129,13 +132,21 @@ def _may_fuse(x: Tensor) -> bool:
     )
 
 
+_synchronised: set[type[nn.Module]] = set()
+
+
+def register_synchronised(kind: type[nn.Module]) -> None:
+    """Let :func:`norm_act` fuse modules of a type that has ``_batch_norm_act`` and ``is_synchronised``."""
+    _synchronised.add(kind)
+
+
 def is_fusable(norm: nn.Module, relu_follows: bool = False) -> bool:
     """Whether ``norm`` is exactly a batch normalisation whose forward a fused op can stand in for at this call.
 
     A subclass may compute anything; parametrizations are subclasses too. A ReLU of its own only fits where one follows.
     """
     kind = type(norm)
-    if kind is BatchNormAct2d:
+    if kind is BatchNormAct2d or (kind in _synchronised and not norm.is_synchronised()):
         return (norm.act is None or relu_follows) and not has_hooks(norm)
     return kind is nn.BatchNorm2d and not has_hooks(norm)
 
@@ -152,10 +163,13 @@ def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, act: nn
         norm: any normalisation. act: any activation module, or None.
     """
     relu_follows = act is not None and residual is None
-    if is_fusable(norm, relu_follows) and (act is None or is_plain_relu(act)) and _may_fuse(x):
+    synchronised = type(norm) in _synchronised and (norm.act is None or relu_follows) and not has_hooks(norm)
+    fusable = synchronised or is_fusable(norm, relu_follows)
+    if fusable and (act is None or is_plain_relu(act)) and _may_fuse(x):
         _check_four_dimensional(x)
         positional, keywords = _statistics(norm)
-        return fused.batch_norm_act(x, *positional, residual, **keywords, act=None if act is None else "relu")
+        function = norm._batch_norm_act if synchronised else fused.batch_norm_act
+        return function(x, *positional, residual, **keywords, act=None if act is None else "relu")
     y = norm(x)
     if residual is not None:
         y = y + residual

@@ -66,8 +66,14 @@ def check_batch_norm(
     eps: Any,
     num_batches_tracked: Any = None,
     suffix: str = "",
+    whole_batch: bool = True,
 ) -> None:
-    """Check one batch normalisation; ``suffix`` is appended to argument names ("2" for the second of a pair)."""
+    """Check one batch normalisation.
+
+    Args:
+        suffix: appended to argument names ("2" for the second of a pair).
+        whole_batch: False where other processes have more of it, so that one value per channel may be enough.
+    """
     x_name, mean_name, var_name = f"x{suffix}", f"running_mean{suffix}", f"running_var{suffix}"
     weight_name, bias_name, counter_name = f"weight{suffix}", f"bias{suffix}", f"num_batches_tracked{suffix}"
     check_tensor(x_name, x)
@@ -88,7 +94,7 @@ def check_batch_norm(
             raise ValueError(f"eps{suffix} must be positive during training, but got {eps}")
         if (running_mean is None) != (running_var is None):
             raise ValueError(f"{mean_name} and {var_name} must either both be None or neither be None")
-        if x.numel() == x.size(1):
+        if whole_batch and x.numel() == x.size(1):
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got {x_name} of size {tuple(x.shape)}"
             )

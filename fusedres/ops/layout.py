@@ -41,9 +41,9 @@ def mask_bytes(x: Tensor) -> int:
 def pack_mask(mask: Tensor) -> Tensor:
     """Pack a dense 4-D bool tensor to bits as :func:`mask_bytes` describes: uint8, bit ``i % 8`` of byte ``i // 8``."""
     if is_channels_last(mask):
-        rows = mask.permute(0, 2, 3, 1).reshape(1, -1)
+        rows = mask.permute(0, 2, 3, 1).reshape(1, mask.numel())
     else:
-        rows = mask.reshape(mask.size(0) * mask.size(1), -1)
+        rows = mask.reshape(mask.size(0) * mask.size(1), mask.size(2) * mask.size(3))
     rows = torch.nn.functional.pad(rows.to(torch.uint8), (0, -rows.size(1) % LANES))
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
     return (rows.reshape(-1, 8) * weights).sum(1, dtype=torch.uint8)
@@ -56,4 +56,4 @@ def unpack_mask(bits: Tensor, x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     if is_channels_last(x):
         return flat[: x.numel()].reshape(n, h, w, c).permute(0, 3, 1, 2)
-    return flat.reshape(n * c, -1)[:, : h * w].reshape(n, c, h, w)
+    return flat.reshape(n * c, -(-h * w // LANES) * LANES)[:, : h * w].reshape(n, c, h, w)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import fusedres
 from fusedres import verification
+from fusedres.ops import batch_norm_sync
 
 
 def _registered() -> set[str]:
@@ -81,6 +82,11 @@ def test_every_raw_op_is_exercised(record_ops) -> None:
                     tensors[n].requires_grad_()
                 verification.ours(case, tensors).sum().backward()
             add_act(torch.randn(3), torch.randn(3))
+            x = torch.randn(2, 4, 3, 3)  # what several processes call
+            statistics, apply, reduce, finish = batch_norm_sync.implementations(x)
+            _, stats, _ = apply(x, None, statistics(x)[None], *[None] * 5, 0.1, 1e-5, True, False)
+            sums, _, _ = reduce(x, x, None, None, stats, None, True, False)
+            finish(x, x, None, None, stats, None, sums, True, True, False)
         reached |= {func.__name__.split(".")[0] for func, *_ in record.calls if func.namespace == "fusedres"}
     missing = _registered() - reached
     if available["cpu"] is not None:

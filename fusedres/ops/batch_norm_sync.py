@@ -1,0 +1,415 @@
+r"""``act(bn(x) + residual)`` with the statistics of a batch that is spread over the processes of a group.
+
+The same formulas as in ``batch_norm_act``, cut where the processes have to meet. Forward::
+
+    statistics   (mean, M2, count) of the own part, per channel                          reads x
+    ---- all-gather of 2C + 1 numbers ----
+    apply        merges the parts in the order of the ranks, then normalises             reads x, residual; writes out
+
+With ``n_r`` values on rank r and ``n`` in all, ``mean = sum n_r mean_r / n`` and
+``M2 = sum M2_r + n_r (mean_r - mean)^2`` (Chan, Golub and LeVeque 1979). Backward, with ``g = dout`` where ``out > 0``,
+else 0::
+
+    reduce       sum g and sum g*(x - mean) of the own part; dweight and dbias from them  reads dy, x, mask
+    ---- all-reduce of 2C + 1 numbers ----
+    apply        dx by the sums of the whole batch; dresidual = g                         reads dy, x, mask; writes both
+
+``dweight`` and ``dbias`` are those of the own part: whoever adds up the gradients of the processes adds up them too.
+What travels is float64, so that neither a large mean nor the number of processes costs accuracy, and every process
+computes the same bits from what it receives. A part may be empty. Saved for backward is what ``batch_norm_act`` saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from .batch_norm_act import (
+    _DIMS,
+    _empty_mask,
+    _fake_affine_grad,
+    _fake_stats,
+    _masked,
+    _per_channel,
+    _reference_normalise,
+)
+from .layout import is_channels_last, mask_bytes, pack_mask, unpack_mask
+from .registry import define, serve
+
+# ---- reference -------------------------------------------------------------------------------------------------------
+
+
+def _pixels(x: Tensor) -> int:
+    """Values per channel."""
+    return x.size(0) * x.size(2) * x.size(3)
+
+
+def _batch_norm_statistics_reference(x: Tensor) -> Tensor:
+    x64 = x.double()
+    count = x64.new_full((1,), _pixels(x))
+    if _pixels(x) == 0:
+        return torch.cat([x64.new_zeros(2 * x.size(1)), count])
+    mean = x64.mean(_DIMS)
+    rest = (x64 - _per_channel(mean)).mean(_DIMS)
+    mean = mean + torch.where(rest.isfinite(), rest, 0.0)  # exact for a constant channel
+    return torch.cat([mean, (x64 - _per_channel(mean)).square().sum(_DIMS), count])
+
+
+def _merged(partials: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """mean, M2 and count of the whole batch from those of its parts, (parts, 2C + 1)."""
+    channels = partials.size(1) // 2
+    means, m2s, counts = partials.split([channels, channels, 1], 1)
+    count = counts.sum()
+    share = counts / count.clamp(min=1)
+    first = means.index_select(0, (counts.squeeze(1) > 0).int().argmax().view(1))
+    mean = first + ((means - first) * share).sum(0)  # exact where the parts agree
+    mean = torch.where(mean.isfinite(), mean, (means * share).sum(0))
+    m2 = m2s + counts * (means - mean).square()
+    return mean.view(channels), torch.where(counts > 0, m2, 0.0).sum(0), count
+
+
+def _batch_norm_act_apply_reference(
+    x: Tensor,
+    residual: Tensor | None,
+    partials: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    relu: bool,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, m2, count = _merged(partials)
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if running_mean is not None and running_var is not None:
+        factor = momentum if momentum is not None else num_batches_tracked.double().reciprocal()
+        unbiased = m2 / (count - 1).clamp(min=1)
+        for running, new in ((running_mean, mean), (running_var, unbiased)):
+            old = running.double()
+            running.copy_(torch.where(count > 1, old * (1 - factor) + new * factor, old))
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    high = mean.to(dtype)
+    low = torch.where(mean.isfinite(), mean - high.double(), 0.0)
+    stats = torch.stack([high, (m2 / count.clamp(min=1) + eps).rsqrt().to(dtype), low.to(dtype)])
+    y = _reference_normalise(x, weight, bias, stats)
+    if residual is not None:
+        y = y + residual.double()
+    out = torch.empty_like(x).copy_(y.relu() if relu else y)
+    return out, stats, pack_mask(~(out <= 0)) if save_mask else _empty_mask(x)
+
+
+def _reference_gradient(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, mask: Tensor | None, relu: bool
+) -> Tensor:
+    """The gradient that reaches the normalisation, in float64."""
+    if mask is not None:
+        return torch.where(unpack_mask(mask, x), dy.double(), 0.0)
+    if relu:
+        return _masked(dy, _reference_normalise(x, weight, bias, stats), x.dtype)
+    return dy.double()
+
+
+def _reference_centred(x: Tensor, stats: Tensor) -> Tensor:
+    mean, _, mean_low = stats.double()
+    return x.double() - _per_channel(mean) - _per_channel(mean_low)
+
+
+def _batch_norm_act_backward_reduce_reference(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    mask: Tensor | None,
+    relu: bool,
+    need_affine: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    g = _reference_gradient(dy, x, weight, bias, stats, mask, relu)
+    of_g, of_gx = g.sum(_DIMS), (g * _reference_centred(x, stats)).sum(_DIMS)
+    sums = torch.cat([of_g, of_gx, of_g.new_full((1,), _pixels(x))])
+    dtype = stats.dtype if weight is None else weight.dtype
+    affine = (of_gx * stats[1].double(), of_g) if need_affine else (stats.new_empty(0), stats.new_empty(0))
+    return sums, *(v.to(dtype, copy=True) for v in affine)
+
+
+def _batch_norm_act_backward_apply_reference(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    mask: Tensor | None,
+    sums: Tensor,
+    relu: bool,
+    need_dx: bool,
+    need_dresidual: bool,
+) -> tuple[Tensor, Tensor]:
+    g = _reference_gradient(dy, x, weight, bias, stats, mask, relu)
+    dx, dresidual = x.new_empty(0), x.new_empty(0)
+    if need_dx:
+        channels = x.size(1)
+        rstd = stats[1].double()
+        of_g, of_gx, count = sums.split([channels, channels, 1])
+        inner = (
+            g - _per_channel(of_g / count) - _reference_centred(x, stats) * _per_channel(rstd * rstd * of_gx / count)
+        )
+        scale = rstd if weight is None else rstd * weight.double()
+        dx = torch.empty_like(x).copy_(inner * _per_channel(scale))
+    if need_dresidual:
+        dresidual = torch.empty_like(x).copy_(g)
+    return dx, dresidual
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------------------
+
+
+def _fake_sums(x: Tensor) -> Tensor:
+    return x.new_empty(2 * x.size(1) + 1, dtype=torch.float64)
+
+
+def _batch_norm_act_apply_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    save_mask = args[-1]
+    mask = x.new_empty(mask_bytes(x) if save_mask else 0, dtype=torch.uint8)
+    return torch.empty_like(x), _fake_stats(x), mask
+
+
+def _batch_norm_act_backward_reduce_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    mask: Tensor | None,
+    relu: bool,
+    need_affine: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_sums(x), *(_fake_affine_grad(stats, weight, need_affine) for _ in range(2))
+
+
+def _batch_norm_act_backward_apply_fake(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return tuple(torch.empty_like(x) if wanted else x.new_empty(0) for wanted in args[-2:])
+
+
+# ---- ops -------------------------------------------------------------------------------------------------------------
+
+BATCH_NORM_STATISTICS = define(
+    "batch_norm_statistics",
+    "(Tensor x) -> Tensor",
+    _batch_norm_statistics_reference,
+    _fake_sums,
+)
+
+BATCH_NORM_ACT_APPLY = define(
+    "batch_norm_act_apply",
+    "(Tensor x, Tensor? residual, Tensor partials, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
+    " Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, bool relu, bool save_mask)"
+    " -> (Tensor out, Tensor stats, Tensor mask)",
+    _batch_norm_act_apply_reference,
+    _batch_norm_act_apply_fake,
+)
+
+BATCH_NORM_ACT_BACKWARD_REDUCE = define(
+    "batch_norm_act_backward_reduce",
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, Tensor? mask, bool relu, bool need_affine)"
+    " -> (Tensor sums, Tensor dweight, Tensor dbias)",
+    _batch_norm_act_backward_reduce_reference,
+    _batch_norm_act_backward_reduce_fake,
+)
+
+BATCH_NORM_ACT_BACKWARD_APPLY = define(
+    "batch_norm_act_backward_apply",
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, Tensor? mask, Tensor sums, bool relu,"
+    " bool need_dx, bool need_dresidual) -> (Tensor dx, Tensor dresidual)",
+    _batch_norm_act_backward_apply_reference,
+    _batch_norm_act_backward_apply_fake,
+)
+
+_OPS = (
+    BATCH_NORM_STATISTICS,
+    BATCH_NORM_ACT_APPLY,
+    BATCH_NORM_ACT_BACKWARD_REDUCE,
+    BATCH_NORM_ACT_BACKWARD_APPLY,
+)
+
+
+# ---- across processes ------------------------------------------------------------------------------------------------
+
+# Torch 2.13 renamed it; a torch may be built without.
+_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
+
+def _gathered(partial: Tensor, group: Any) -> Tensor:
+    """The partial statistics of all ranks, (ranks, 2C + 1)."""
+    ranks, size = dist.get_world_size(group), partial.size(0)
+    out = partial.new_empty(ranks * size)
+    _all_gather(out, partial, group)
+    return out.view(ranks, size)
+
+
+def _check_count(partials: Tensor) -> None:
+    """Every rank sees the same numbers and raises the same error, before anything is written."""
+    if not partials.is_cpu or torch.compiler.is_compiling():  # it would have to be waited for, or break the graph
+        return
+    if partials[:, -1].sum() == 1:
+        raise ValueError("Expected more than 1 value per channel when training, got 1 in all processes together")
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """Of a 4-D tensor: the one it is dense in, or the nearer one if its strides are neither."""
+    strides = x.stride()
+    rows = 0 < strides[1] <= min(strides[0], strides[2], strides[3]) and not x.is_contiguous()
+    return torch.channels_last if rows or is_channels_last(x) else torch.contiguous_format
+
+
+def implementations(x: Tensor) -> tuple[Callable[..., Any], ...]:
+    """Who serves the four ops for tensors like ``x``: a kernel, or plain ATen where there is none.
+
+    Raises:
+        RuntimeError: a forced backend cannot serve.
+    """
+    return tuple(serve(op, x) or op.reference for op in _OPS)
+
+
+def sync_batch_norm_act(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    relu: bool,
+    save_mask: bool,
+    group: Any,
+    ops: tuple[Callable[..., Any], ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward: out, statistics and mask."""
+    statistics, apply = ops[:2]
+    partials = _gathered(statistics(x), group)
+    _check_count(partials)
+    norm = (weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
+    return apply(x, residual, partials, *norm, relu, save_mask)
+
+
+class _SumOverRanks(Function):
+    """The sum of a tensor over the ranks, of which every rank's loss may depend; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = t.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, dt: Tensor) -> tuple[Tensor, None]:
+        return _SumOverRanks.apply(dt, ctx.group), None
+
+
+def _differentiable_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    mask: Tensor | None,
+    relu: bool,
+    eps: float,
+    group: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dresidual, dweight, dbias from ATen ops that autograd can differentiate again; used under ``create_graph``.
+
+    The statistics are computed anew, for they depend on ``x``: three collectives.
+    """
+    g = dy
+    if relu:
+        with torch.no_grad():
+            keep = _reference_gradient(torch.ones_like(dy), x, weight, bias, stats, mask, relu)
+        g = dy * keep.to(dy.dtype)
+    channels = x.size(1)
+    x64, g64 = x.double(), g.double()
+    total = torch.cat([x64.sum(_DIMS), x64.new_full((1,), _pixels(x))])
+    total = _SumOverRanks.apply(total, group)
+    mean, count = total[:channels] / total[channels:], total[channels:]
+    centred = x64 - _per_channel(mean)
+    rstd = (_SumOverRanks.apply(centred.square().sum(_DIMS), group) / count + eps).rsqrt()
+    dbias, dweight = g64.sum(_DIMS), (g64 * centred).sum(_DIMS) * rstd
+    of_g, of_gx = _SumOverRanks.apply(torch.stack([dbias, dweight]), group)
+    dx = g64 - _per_channel(of_g / count) - centred * _per_channel(rstd * of_gx / count)
+    dx = dx * _per_channel(rstd if weight is None else rstd * weight.double())
+    dtype = stats.dtype if weight is None else weight.dtype
+    return dx.to(x.dtype), g, dweight.to(dtype), dbias.to(dtype)
+
+
+class SyncBatchNormActFunction(Function):
+    """``act(bn(x) + residual)`` of dense tensors in one memory format, over a process group.
+
+    Arguments after ``bias`` are not differentiable.
+
+    Backward meets the other processes only if ``x`` needs a gradient, which must be so on all of them or on none.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        momentum: float | None,
+        eps: float,
+        relu: bool,
+        group: Any,
+        ops: tuple[Callable[..., Any], ...],
+    ) -> Tensor:
+        save_mask = relu and residual is not None
+        norm = (weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
+        out, stats, mask = sync_batch_norm_act(x, residual, *norm, relu, save_mask, group, ops)
+        ctx.save_for_backward(x, weight, bias, stats, mask if save_mask else None)
+        ctx.config = (relu, eps, memory_format_of(x), group, ops)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, stats, mask = ctx.saved_tensors
+        relu, eps, memory_format, group, (_, _, reduce, apply) = ctx.config
+        # The mask's bits are in the order that x had; a hook that packs saved tensors may have changed it.
+        x = x.contiguous(memory_format=memory_format)
+        need_dx, need_dresidual, need_dweight, need_dbias = ctx.needs_input_grad[:4]
+        need_affine = need_dweight or need_dbias
+        if torch.is_grad_enabled():
+            dx, g, dweight, dbias = _differentiable_backward(dy, x, weight, bias, stats, mask, relu, eps, group)
+            grads = (dx, g, dweight, dbias)
+            return *(t if need else None for t, need in zip(grads, ctx.needs_input_grad[:4], strict=True)), *(None,) * 8
+        saved = (dy.contiguous(memory_format=memory_format), x, weight, bias, stats, mask)
+        sums = stats.new_empty(0, dtype=torch.float64)
+        dx = dresidual = dweight = dbias = None
+        if need_dx or need_affine:
+            sums, dweight, dbias = reduce(*saved, relu, need_affine)
+        if need_dx:
+            dist.all_reduce(sums, group=group)
+        if need_dx or (need_dresidual and relu):
+            dx, dresidual = apply(*saved, sums, relu, need_dx, need_dresidual and relu)
+        if not relu:
+            dresidual = dy
+        return (
+            dx if need_dx else None,
+            dresidual if need_dresidual else None,
+            dweight if need_dweight else None,
+            dbias if need_dbias else None,
+            *(None,) * 8,
+        )
