@@ -182,10 +182,13 @@ inline LaunchPlan plan_launches(const PlanProblem& p, const PlanDevice& device, 
     if (t.row_length != p.channels) return false;  // a channel has several columns, which may lie in several blocks
     // The widest rows of a slab for which every SM has a block; else the narrowest, 32 bytes.
     const int narrowest = std::max(2, byte_vectors);
+    const auto threads = [&](int x) {
+      return static_cast<int>(std::clamp<int64_t>(x * power_of_two_from(ceil_div(height, 4)), 64, kOnePassThreads));
+    };
     for (int x = 8; x > narrowest; x /= 2) {
-      if (fits_one_pass(x, kOnePassThreads) && t.tiles >= device.sms) return true;
+      if (fits_one_pass(x, threads(x)) && t.tiles >= device.sms) return true;
     }
-    return fits_one_pass(narrowest, kOnePassThreads);
+    return fits_one_pass(narrowest, threads(narrowest));
   };
 
   const int64_t read = t.numel * p.element_bytes * slab_tensors;
