@@ -576,7 +576,7 @@ void run_backward(
       finish.norm[n] = a.norm[n];
       finish.to[n] = a.to[n];
     }
-    launch_finish_gradients(finish, plan, device.stream());
+    launch_finish_gradients(finish, plan.finish_threads, device.stream());
   }
   if (!apply) return;
   a.pass = plan.apply;
