@@ -316,7 +316,8 @@ __global__ void __launch_bounds__(plan::kPoolThreads, kWinnersBlocks)
   const Tiles& t = a.plan.tiles;
   const BlockPlace block(t, a.plan.pass, blockIdx.x, a.reverse);
   const PoolColumns<T, K> columns(t, block);
-  auto* parameters = dynamic_shared_memory<A>();
+  auto* scratch = dynamic_shared_memory<double>();
+  auto* parameters = reinterpret_cast<A*>(scratch + fold_size<2, K>());
   __shared__ int64_t offsets[kNoWinner];  // of the positions of a window from its first one
   for (int k = threadIdx.x; k < a.window.kernel_h * a.window.kernel_w; k += blockDim.x) {
     const int kh = k / a.window.kernel_w, kw = k - kh * a.window.kernel_w;
@@ -351,8 +352,14 @@ __global__ void __launch_bounds__(plan::kPoolThreads, kWinnersBlocks)
     });
   }
   if (a.partials == nullptr) return;
-  fold_rows(sums, parameters + kAffineParameters * columns.count, t.threads_x, t.threads_y, Add());
-  write_partials(a.partials, sums, t, a.plan.pass, block);
+  double totals[2][K];
+#pragma unroll
+  for (int i = 0; i < K; ++i) {
+    totals[0][i] = sums[0][i];
+    totals[1][i] = sums[1][i];
+  }
+  fold_rows(totals, scratch, t.threads_x, t.threads_y);
+  write_partials(a.partials, totals, t, a.plan.pass, block);
 }
 
 // What one thread of the last pass knows of its channels.
@@ -548,7 +555,7 @@ class PoolLauncher {
     arguments.reverse = false;
     auto* kernel = is_three() ? (vectors_ ? pool_winners_kernel<T, kVector<T>, 3> : pool_winners_kernel<T, 1, 3>)
                               : (vectors_ ? pool_winners_kernel<T, kVector<T>, 0> : pool_winners_kernel<T, 1, 0>);
-    launch(kernel, kAffineParameters, 2 * windows.tiles.threads() / 2 * lanes());
+    launch(kernel, kAffineParameters, 2 * (windows.tiles.threads() / 2) * lanes());
   }
 
   void gradient() {
@@ -572,9 +579,9 @@ class PoolLauncher {
     return plan_pool(problem, sms_, most_chunks_per_sm);
   }
 
-  void launch(void (*kernel)(const PoolArguments<T>), int parameters, int64_t scratch) const {
+  void launch(void (*kernel)(const PoolArguments<T>), int parameters, int64_t doubles) const {
     const Tiles& t = arguments.plan.tiles;
-    const int64_t shared = sizeof(Compute<T>) * (parameters * t.threads_x * lanes() + scratch);
+    const int64_t shared = sizeof(Compute<T>) * parameters * t.threads_x * lanes() + sizeof(double) * doubles;
     launch_with_shared(kernel, t.tiles * arguments.plan.pass.chunks, t.threads(), shared, stream_, arguments);
   }
 

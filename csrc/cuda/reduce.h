@@ -1,9 +1,9 @@
 // Sums per channel, in two deterministic stages: every block writes partial sums of its chunk, and one more launch adds
 // them up in a fixed order, in double, and does what the sums are for.
 //
-// Statistics: a thread sums deviations, of at most a few dozen values, from the mean of its own first ones. The block finds its mean
-// from these and moves what its threads have to it, as Chan, Golub and LeVeque (1979) do, so that nothing cancels
-// whatever the mean; blocks are merged the same way in double.
+// Statistics: a thread sums deviations, of at most a few dozen values, from the mean of its own first ones. The block
+// finds its mean from these and moves what its threads have to it, as Chan, Golub and LeVeque (1979) do, so that
+// nothing cancels whatever the mean; blocks are merged the same way in double.
 #pragma once
 
 #include <cuda_runtime.h>

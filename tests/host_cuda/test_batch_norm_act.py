@@ -378,17 +378,36 @@ def test_error_rule(ops, monkeypatch, op):
 
 def forward(ops, x, **changes):
     arguments = {
-        "residual": None, "weight": None, "bias": None, "running_mean": None, "running_var": None,
-        "num_batches_tracked": None, "training": True, "momentum": 0.1, "eps": 1e-5, "relu": True,
-        "save_mask": False, **changes,
+        "residual": None,
+        "weight": None,
+        "bias": None,
+        "running_mean": None,
+        "running_var": None,
+        "num_batches_tracked": None,
+        "training": True,
+        "momentum": 0.1,
+        "eps": 1e-5,
+        "relu": True,
+        "save_mask": False,
+        **changes,
     }
     return ops.batch_norm_act(x, *arguments.values())
 
 
 def backward(ops, x, **changes):
     arguments = {
-        "dy": x, "x": x, "weight": None, "bias": None, "stats": torch.ones(3, x.size(1)), "mask": None,
-        "training": True, "relu": True, "need_dx": True, "need_dresidual": True, "need_affine": True, **changes,
+        "dy": x,
+        "x": x,
+        "weight": None,
+        "bias": None,
+        "stats": torch.ones(3, x.size(1)),
+        "mask": None,
+        "training": True,
+        "relu": True,
+        "need_dx": True,
+        "need_dresidual": True,
+        "need_affine": True,
+        **changes,
     }
     return ops.batch_norm_act_backward(*arguments.values())
 
