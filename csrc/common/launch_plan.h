@@ -84,7 +84,7 @@ constexpr int kForwardUnroll = 4, kBackwardUnroll = 2, kPairUnroll = 1;
 constexpr int64_t kMaxReduceRows = 64;
 constexpr int64_t kMaxApplyRows = 32;
 // Blocks that an SM runs at a time: what the kernels' registers allow, by their launch bounds.
-constexpr int kBlocks = 6, kPairBlocks = 4;
+constexpr int kStatisticsBlocks = 5, kBlocks = 6, kPairBlocks = 4;
 // With few blocks a slab must be small, or the rest of the GPU waits for them.
 constexpr int64_t kSmallSlabBytes = 64 * 1024;
 constexpr int kFewBlocks = 5;  // fewer than one block per this many SMs
@@ -188,10 +188,13 @@ inline LaunchPlan plan_launches(const PlanProblem& p, const PlanDevice& device, 
     if (t.row_length != p.channels) return false;  // a channel has several columns, which may lie in several blocks
     // The widest rows of a slab for which every SM has a block; else the narrowest, 32 bytes.
     const int narrowest = std::max(2, byte_vectors);
+    const auto threads = [&](int x) {
+      return static_cast<int>(std::clamp<int64_t>(x * power_of_two_from(ceil_div(height, 4)), 64, kOnePassThreads));
+    };
     for (int x = 8; x > narrowest; x /= 2) {
-      if (fits_one_pass(x, kOnePassThreads) && t.tiles >= device.sms) return true;
+      if (fits_one_pass(x, threads(x)) && t.tiles >= device.sms) return true;
     }
-    return fits_one_pass(narrowest, kOnePassThreads);
+    return fits_one_pass(narrowest, threads(narrowest));
   };
 
   const int64_t read = t.numel * p.element_bytes * slab_tensors;
@@ -206,7 +209,8 @@ inline LaunchPlan plan_launches(const PlanProblem& p, const PlanDevice& device, 
   arrange(p.channels_last ? choose_threads_x(t.row_vectors, byte_vectors) : 1, static_cast<int>(threads));
   const int unit = !p.backward ? kForwardUnroll : p.norms == 1 ? kBackwardUnroll : kPairUnroll;
   const int64_t apply_slots = int64_t{device.sms} * (p.norms == 1 ? kBlocks : kPairBlocks);
-  const int64_t reduce_slots = p.backward ? apply_slots : int64_t{device.sms} * kBlocks / std::max(1, p.training);
+  const int64_t reduce_slots =
+      p.backward ? apply_slots : int64_t{device.sms} * kStatisticsBlocks / std::max(1, p.training);
   const int64_t reduce_shared = plan.reduce.shared_bytes, apply_shared = plan.apply.shared_bytes;
   plan.reduce = cut(height, t.threads_y, t.tiles, reduce_slots, kMaxReduceRows, unit);
   plan.apply = cut(height, t.threads_y, t.tiles, apply_slots, kMaxApplyRows, unit);
