@@ -124,6 +124,12 @@ inline int64_t fold_bytes(const PlanProblem& p, int threads, int lanes, int64_t 
   return 8 * (together * (threads / 2) * lanes + quantities(p) * block_columns);
 }
 
+// Threads of a block that adds up `entries` partial sums of each of its channels.
+inline int finish_threads(int64_t entries) {
+  constexpr int64_t kMost = kMaxFinishThreads / kFinishThreadsX;
+  return kFinishThreadsX * static_cast<int>(std::clamp<int64_t>(power_of_two_from(ceil_div(entries, 4)), 8, kMost));
+}
+
 }  // namespace plan
 
 // The plan for a tensor that is not empty. `may_one_pass`: false where a later launch has to see an earlier one.
@@ -211,9 +217,7 @@ inline LaunchPlan plan_launches(const PlanProblem& p, const PlanDevice& device, 
   plan.reduce.shared_bytes = reduce_shared;
   plan.apply.shared_bytes = apply_shared;
   const int64_t entries = plan.reduce.chunks * (t.columns / t.channels);  // partial sums of a channel
-  plan.finish_threads =
-      kFinishThreadsX * static_cast<int>(std::clamp<int64_t>(
-                            power_of_two_from(ceil_div(entries, 4)), 8, kMaxFinishThreads / kFinishThreadsX));
+  plan.finish_threads = finish_threads(entries);
   plan.reverse = true;
   const int64_t sets = p.backward ? 1 : p.training;  // of partial sums
   plan.partial_bytes = size * sets * quantities(p) * plan.reduce.chunks * t.columns;

@@ -97,24 +97,6 @@ struct Forward {
   }
 };
 
-// Fills the parameters of a block's columns from the statistics, saved or running.
-template <typename T, bool kChannelsLast>
-__device__ void fill_parameters(
-    Compute<T>* parameters,
-    const BlockColumns<T, kChannelsLast>& columns,
-    const NormPointers<T>& norm,
-    bool from_running,
-    bool save) {
-  columns.for_each([&](int i) {
-    const int64_t c = columns.channel(i);
-    const auto s = from_running ? running_statistics(norm, c)
-                                : ChannelStatistics<Compute<T>>::load(norm.stats, columns.channels, c);
-    // The channels of folded pixels repeat; the first of them saves.
-    if (save && columns.first + i < columns.channels) s.store(norm.stats, columns.channels, c);
-    put_affine(parameters, columns.count, i, norm, c, s);
-  });
-}
-
 template <Addend kAddend>
 constexpr int kForwardUnroll = kAddend == Addend::none ? plan::kForwardUnroll : plan::kForwardUnroll / 2;
 template <Addend kAddend>
@@ -595,7 +577,7 @@ void run_backward(
       finish.norm[n] = a.norm[n];
       finish.to[n] = a.to[n];
     }
-    launch_finish_gradients(finish, plan, device.stream());
+    launch_finish_gradients(finish, plan.finish_threads, device.stream());
   }
   if (!apply) return;
   a.pass = plan.apply;
