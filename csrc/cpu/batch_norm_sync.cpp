@@ -156,7 +156,7 @@ void check_backward(
   check_statistics(stats, x, x.size(1));
   if (x.numel() == 0) return;
   check_same_layout("dy", dy, x);
-  if (mask) check_mask(*mask, mask_bytes(layout_of(x)));
+  if (mask) check_mask(*mask, x, mask_bytes(layout_of(x)));
 }
 
 // What both passes of a backward take.
