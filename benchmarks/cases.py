@@ -10,6 +10,19 @@ import torch
 import torch.nn.functional as tnf
 from torch import Tensor
 
+from fusedres.ops.add_act import add_act_backward_traffic, add_act_traffic
+from fusedres.ops.batch_norm_act import (
+    batch_norm_act_backward_traffic,
+    batch_norm_act_traffic,
+    batch_norm_add_batch_norm_act_backward_traffic,
+    batch_norm_add_batch_norm_act_traffic,
+)
+from fusedres.ops.batch_norm_act_max_pool import (
+    batch_norm_act_max_pool_backward_traffic,
+    batch_norm_act_max_pool_traffic,
+)
+from fusedres.ops.traffic import Traffic
+
 from .harness import Comparison, compare, copy_bandwidth
 from .shapes import Shape
 
@@ -20,39 +33,43 @@ EPS, MOMENTUM = 1e-5, 0.1
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """Bytes that must cross memory when nothing stays cached between passes over a tensor."""
+class CaseTraffic:
+    """Bytes of one case: forward and backward launch by launch (see `fusedres/ops/traffic.py`)."""
 
-    forward: int
-    backward: int
-    touched: int  # distinct bytes of forward and backward together: what would have to fit a cache
+    forward: Traffic
+    backward: Traffic
+    touched: int  # distinct bytes of activations and mask, both ways: what would have to fit a cache
 
     @property
-    def total(self) -> int:
-        return self.forward + self.backward
+    def floor(self) -> int:
+        """What must cross memory when nothing stays cached between passes over a tensor."""
+        return self.forward.floor + self.backward.floor
 
 
-def byte_floor(shape: Shape, itemsize: int) -> Traffic:
-    """The two-pass floor: statistics and gradient sums each need a pass of their own.
+_TRAFFIC: dict[str, tuple[Callable[..., Traffic], Callable[..., Traffic]]] = {
+    "batch_norm_act": (batch_norm_act_traffic, batch_norm_act_backward_traffic),
+    "batch_norm_add_batch_norm_act": (
+        batch_norm_add_batch_norm_act_traffic,
+        batch_norm_add_batch_norm_act_backward_traffic,
+    ),
+    "batch_norm_act_max_pool": (batch_norm_act_max_pool_traffic, batch_norm_act_max_pool_backward_traffic),
+    "add_act": (add_act_traffic, add_act_backward_traffic),
+}
 
-    A ReLU mask is one bit per element where it cannot be recomputed from the normalised tensors.
 
-    Per-channel vectors are left out. In elements of x (t) and mask bits (m):
-    BN+ReLU            forward x | x -> y           backward dy x | dy x -> dx                  3t, 5t
-    BN+add+ReLU        forward x | x r -> y m       backward dy m x | dy m x -> dx dr           4t+m, 6t+2m
-    BN+BN+add+ReLU     forward x x2 | x x2 -> y     backward dy x x2 | dy x x2 -> dx dx2        5t, 8t
-    BN+ReLU+max pool   forward x | x -> p           backward dp x | dp x -> dx                  2t+p, 3t+2p
-    add+ReLU           forward x r -> y m           backward dy m -> dx (serves both inputs)    3t+m, 2t+m
-    """
-    t, m = shape.numel * itemsize, shape.numel // 8
-    if shape.op == "batch_norm_act":
-        return Traffic(4 * t + m, 6 * t + 2 * m, 6 * t + m) if shape.residual else Traffic(3 * t, 5 * t, 4 * t)
-    if shape.op == "batch_norm_add_batch_norm_act":
-        return Traffic(5 * t, 8 * t, 6 * t)
+def case_traffic(shape: Shape, dtype: torch.dtype, layout: str = "channels_last", **plan: Any) -> CaseTraffic:
+    """Training traffic of a fused region, with all gradients; `plan`: `form` and `tiles` of the ops that have them."""
+    size = (shape.n, shape.c, shape.h, shape.w)
+    options = plan | ({"residual": shape.residual} if shape.op == "batch_norm_act" else {})
+    forward, backward = (of(size, dtype, layout=layout, **options) for of in _TRAFFIC[shape.op])
+    t = shape.numel * dtype.itemsize
+    inputs = 2 if shape.op in ("add_act", "batch_norm_add_batch_norm_act") or shape.residual else 1
+    gradients = 1 if shape.op == "add_act" else inputs
+    out = t
     if shape.op == "batch_norm_act_max_pool":
-        pooled = shape.n * shape.c * ((shape.h - 1) // 2 + 1) * ((shape.w - 1) // 2 + 1) * itemsize
-        return Traffic(2 * t + pooled, 3 * t + 2 * pooled, 2 * t + 2 * pooled)
-    return Traffic(3 * t + m, 2 * t + m, 5 * t + m)
+        out = shape.n * shape.c * ((shape.h - 1) // 2 + 1) * ((shape.w - 1) // 2 + 1) * dtype.itemsize
+    masked = shape.op == "add_act" or (shape.op == "batch_norm_act" and shape.residual)
+    return CaseTraffic(forward, backward, (inputs + gradients) * t + 2 * out + masked * shape.numel // 8)
 
 
 def _norm(x: Tensor, stats: Sequence[Tensor], affine: Sequence[Tensor], training: bool) -> Tensor:
@@ -129,8 +146,8 @@ class Case:
         return f"{self.shape.key}-{self.dtype}-{self.layout}"
 
     @property
-    def traffic(self) -> Traffic:
-        return byte_floor(self.shape, DTYPES[self.dtype].itemsize)
+    def traffic(self) -> CaseTraffic:
+        return case_traffic(self.shape, DTYPES[self.dtype], self.layout)
 
     def pipeline(self, peer: str) -> list[Callable[..., Any]]:
         """[forward, backward]; the backward drops output, graph and gradients, as a training step does."""
@@ -248,11 +265,11 @@ def measure(case: Case, *, gate: bool = True, clock: str = "cpu", **options: Any
         backward_ratio=done.ratio("fusedres", 1).value,
         fused_forward_ms=fused.stage_medians[0] * 1e3,
         fused_backward_ms=fused.stage_medians[1] * 1e3,
-        floor_bytes=traffic.total,
-        fused_gb_per_s=traffic.total / fused.median * 1e-9,
-        eager_gb_per_s=traffic.total / eager.median * 1e-9,
+        floor_bytes=traffic.floor,
+        fused_gb_per_s=traffic.floor / fused.median * 1e-9,
+        eager_gb_per_s=traffic.floor / eager.median * 1e-9,
         copy_gb_per_s=copy * 1e-9,
-        share_of_copy=traffic.total / fused.median / copy,
+        share_of_copy=traffic.floor / fused.median / copy,
         eager_faults=eager.faults_per_call,
         fused_faults=fused.faults_per_call,
         rounds=done.rounds,
