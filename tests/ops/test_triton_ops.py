@@ -15,9 +15,10 @@ from fusedres.ops import registry
 
 CODE = """
 import sys, torch, fusedres
+assert "triton" not in sys.modules
+from torch._dynamo.backends.common import aot_autograd
 from torch.library import opcheck
 from fusedres import functional as F
-assert "triton" not in sys.modules
 x, r = (torch.randn(2, 4, 3, 5, requires_grad=True) for _ in range(2))
 seen = []
 
@@ -25,7 +26,7 @@ def record(graph, inputs):
     seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
     return torch._functorch.aot_autograd.make_boxed_func(graph.forward)
 
-backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=record, bw_compiler=record)
+backend = aot_autograd(fw_compiler=record, bw_compiler=record)
 with fusedres.use_backend("triton"):
     out = torch.compile(F.add_act, fullgraph=True, backend=backend)(x, r)
     out.square().sum().backward()
