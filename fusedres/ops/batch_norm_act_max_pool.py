@@ -125,6 +125,18 @@ def _batch_norm_act_max_pool_backward_fake(
     return dx, dweight, dbias
 
 
+def _triton_batch_norm_act_max_pool() -> Any:
+    from ..kernels.batch_norm_act_max_pool import batch_norm_act_max_pool
+
+    return batch_norm_act_max_pool
+
+
+def _triton_batch_norm_act_max_pool_backward() -> Any:
+    from ..kernels.batch_norm_act_max_pool import batch_norm_act_max_pool_backward
+
+    return batch_norm_act_max_pool_backward
+
+
 _WINDOW = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode"
 
 BATCH_NORM_ACT_MAX_POOL = define(
@@ -132,6 +144,7 @@ BATCH_NORM_ACT_MAX_POOL = define(
     f"(Tensor x, {_NORM.format('', 'a', 'b', 'c')}, bool relu, {_WINDOW}) -> (Tensor out, Tensor stats)",
     _batch_norm_act_max_pool_reference,
     _batch_norm_act_max_pool_fake,
+    triton=_triton_batch_norm_act_max_pool,
 )
 
 BATCH_NORM_ACT_MAX_POOL_BACKWARD = define(
@@ -140,6 +153,7 @@ BATCH_NORM_ACT_MAX_POOL_BACKWARD = define(
     f" {_WINDOW}, bool need_dx, bool need_affine) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     _batch_norm_act_max_pool_backward_reference,
     _batch_norm_act_max_pool_backward_fake,
+    triton=_triton_batch_norm_act_max_pool_backward,
 )
 
 
