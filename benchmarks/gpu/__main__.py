@@ -56,8 +56,9 @@ def plan(work: Path, workers: int) -> list[Part]:
     install = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--upgrade", "-q"]
     pip = Command("pip", (python, *install, "--target", str(work / "site"), str(ROOT)))
     without_nvcc = Command("pip", ("env", "FUSEDRES_BUILD_CUDA=0", *pip.argv))
-    pytest = ["-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
-    pytest += ["--rootdir", str(ROOT), *(["-n", str(workers)] if workers > 1 else []), str(ROOT / "tests" / "gpu")]
+    spread = ["-n", str(workers), "--dist", "loadgroup"] if workers > 1 else []
+    pytest = ["-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", *spread]
+    pytest += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), str(ROOT / "tests" / "gpu")]
     # The peers' compilation takes longer than anything else, so it goes on beside what measures nothing.
     warm = [
         module("benchmarks.gpu.ops", "--warm", background=True, label="compile-ops"),
