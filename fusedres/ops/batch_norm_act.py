@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from .layout import is_channels_last, laid_out_like, mask_bytes, pack_mask, unpack_mask
 from .registry import define
-from .traffic import COEFFICIENTS, COUNTER, PARTIALS, STATS, Sizes, Traffic, backward_traffic, forward_traffic
+from .traffic import COEFFICIENTS, COUNTER, PARTIALS, STATS, SUMS, Sizes, Traffic, backward_traffic, forward_traffic
 
 _DIMS = (0, 2, 3)
 
@@ -336,6 +336,7 @@ def batch_norm_act_traffic(
     affine: bool = True,
     running: bool = True,
     counter: bool = False,
+    cumulative: bool = False,
     param_dtype: torch.dtype | None = None,
     form: str = "two_pass",
     tiles: int = 1,
@@ -345,7 +346,7 @@ def batch_norm_act_traffic(
     Args:
         shape, dtype: of x, (N, C, H, W). layout: ``"channels_last"`` or ``"contiguous"``.
         residual, affine, running, counter: whether there is a residual, are weight and bias, running statistics, and
-            ``num_batches_tracked``.
+            ``num_batches_tracked``. cumulative: ``momentum=None``, whose factor comes from that counter.
         save_mask: whether the mask is written; by default where the backward needs it, with a residual and ReLU.
         param_dtype: of weight, bias and running statistics; by default that of the saved statistics.
         form: ``"two_pass"``, or ``"one_pass"`` where a channel's values stay on the chip.
@@ -361,7 +362,9 @@ def batch_norm_act_traffic(
         inputs=(1 + residual) * s.x,
         outputs=s.x + mask,
         params=2 * s.param * affine,
-        running=2 * s.param * running + COUNTER * (counter and training),
+        running=2 * s.param * running,
+        counters=COUNTER * counter,
+        cumulative=cumulative,
         stats=STATS * s.wide,
         partials=PARTIALS * s.wide * tiles,
         training=training,
@@ -403,7 +406,7 @@ def batch_norm_act_backward_traffic(
         params=_backward_params(s, affine, relu and not with_mask, need_dx),
         stats=STATS * s.wide,
         affine_grads=2 * need_affine * (s.param if affine else s.wide),
-        partials=PARTIALS * s.wide * tiles,
+        partials=SUMS * s.wide * tiles,
         coefficients=COEFFICIENTS * s.wide,
         training=training,
         form=form,
@@ -425,6 +428,7 @@ def batch_norm_add_batch_norm_act_traffic(
     affine: bool = True,
     running: bool = True,
     counter: bool = False,
+    cumulative: bool = False,
     param_dtype: torch.dtype | None = None,
     form: str = "two_pass",
     tiles: int = 1,
@@ -439,7 +443,9 @@ def batch_norm_add_batch_norm_act_traffic(
         inputs=2 * s.x,
         outputs=s.x,
         params=4 * s.param * affine,
-        running=2 * (2 * s.param * running + COUNTER * (counter and training)),
+        running=4 * s.param * running,
+        counters=2 * COUNTER * counter,
+        cumulative=cumulative,
         stats=2 * STATS * s.wide,
         partials=2 * PARTIALS * s.wide * tiles,
         training=training,

@@ -32,7 +32,7 @@ from .batch_norm_act import (
 from .checks import pooled_size
 from .layout import is_channels_last, laid_out_like
 from .registry import define
-from .traffic import COEFFICIENTS, COUNTER, PARTIALS, STATS, Sizes, Traffic, backward_traffic, forward_traffic
+from .traffic import COEFFICIENTS, COUNTER, PARTIALS, STATS, SUMS, Sizes, Traffic, backward_traffic, forward_traffic
 
 Pair = tuple[int, int]
 
@@ -173,6 +173,7 @@ def batch_norm_act_max_pool_traffic(
     affine: bool = True,
     running: bool = True,
     counter: bool = False,
+    cumulative: bool = False,
     param_dtype: torch.dtype | None = None,
     window: tuple[Pair, Pair, Pair, Pair, bool] = _STEM,
     tiles: int = 1,
@@ -188,7 +189,9 @@ def batch_norm_act_max_pool_traffic(
         inputs=_covered(shape, window) * dtype.itemsize,
         outputs=Sizes(_pooled(shape, window), dtype, layout).x,
         params=2 * s.param * affine,
-        running=2 * s.param * running + COUNTER * (counter and training),
+        running=2 * s.param * running,
+        counters=COUNTER * counter,
+        cumulative=cumulative,
         stats=STATS * s.wide,
         partials=PARTIALS * s.wide * tiles,
         training=training,
@@ -220,7 +223,7 @@ def batch_norm_act_max_pool_backward_traffic(
         params=_backward_params(s, affine, True, True),
         stats=STATS * s.wide,
         affine_grads=2 * need_affine * (s.param if affine else s.wide),
-        partials=PARTIALS * s.wide * tiles,
+        partials=SUMS * s.wide * tiles,
         coefficients=COEFFICIENTS * s.wide,
         training=training,
         form="two_pass",
