@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -110,7 +111,21 @@ class OpMeasurement:
             self.device.free()
         return row
 
-    def _timed(self, call: Call, ours: bool) -> dict[str, Any]:
+    def pipelined_seconds(self, peer: str) -> float:
+        """Forward and backward called back to back, as in a training step without a graph: host or device, whichever
+        is the slower. The values of a call are checked first.
+
+        Raises:
+            Exception: whatever keeps the peer from running, or AssertionError for wrong values.
+        """
+        call, case = peer_call(peer, self.case.shape.op), self.case
+        forward, backward, stats = self._stages(call)
+        out = forward()
+        case.check(case.named(out, backward(out), stats), self.expected)
+        return statistics.median(self.device.step_times(lambda: backward(forward())))
+
+    def _stages(self, call: Call) -> tuple[Callable[[], Tensor], Callable[[Tensor], Sequence[Tensor]], list[Tensor]]:
+        """Forward, backward, and the running statistics that the forward moves."""
         case = self.case
         stats = [t.clone() for t in case.stats]
 
@@ -120,6 +135,11 @@ class OpMeasurement:
         def backward(out: Tensor) -> Sequence[Tensor]:
             return torch.autograd.grad(out, case.inputs, case.grad_out)
 
+        return forward, backward, stats
+
+    def _timed(self, call: Call, ours: bool) -> dict[str, Any]:
+        case = self.case
+        forward, backward, stats = self._stages(call)
         replays = self.device.capture(forward, backward)
         _poison(replays[0].result, *replays[1].result)
         for i, t in enumerate(stats):
