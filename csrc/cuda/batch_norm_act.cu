@@ -98,31 +98,14 @@ struct Forward {
   }
 };
 
-// Fills the parameters of a block's columns from the statistics, saved or running.
-template <typename T, bool kChannelsLast>
-__device__ void fill_parameters(
-    Compute<T>* parameters,
-    const BlockColumns<T, kChannelsLast>& columns,
-    const NormPointers<T>& norm,
-    bool from_running,
-    bool save) {
-  columns.for_each([&](int i) {
-    const int64_t c = columns.channel(i);
-    const auto s = from_running ? running_statistics(norm, c)
-                                : ChannelStatistics<Compute<T>>::load(norm.stats, columns.channels, c);
-    // The channels of folded pixels repeat; the first of them saves.
-    if (save && columns.first + i < columns.channels) s.store(norm.stats, columns.channels, c);
-    put_affine(parameters, columns.count, i, norm, c, s);
-  });
-}
-
 template <Addend kAddend>
 constexpr int kForwardUnroll = kAddend == Addend::none ? plan::kForwardUnroll : plan::kForwardUnroll / 2;
 template <Addend kAddend>
 constexpr int kForwardBlocks = kAddend == Addend::normalised ? plan::kPairBlocks : plan::kBlocks;
 
 template <typename T, bool kChannelsLast, Addend kAddend>
-__global__ void __launch_bounds__(plan::kThreads, kForwardBlocks<kAddend>) forward_kernel(const ForwardArguments<T> a) {
+__global__ void __launch_bounds__(plan::kThreads, kForwardBlocks<kAddend>)
+    forward_kernel(const __grid_constant__ ForwardArguments<T> a) {
   constexpr bool kPair = kAddend == Addend::normalised;
   const BlockPlace block(a.tiles, a.pass, blockIdx.x, a.reverse);
   const BlockColumns<T, kChannelsLast> columns(a.tiles, block);
@@ -140,7 +123,8 @@ __global__ void __launch_bounds__(plan::kThreads, kForwardBlocks<kAddend>) forwa
 
 // All norms train. A block sums up its channels, keeping x in shared memory, and goes on with what it kept.
 template <typename T, bool kChannelsLast, Addend kAddend>
-__global__ void __launch_bounds__(plan::kOnePassThreads, 1) forward_one_pass_kernel(const ForwardArguments<T> a) {
+__global__ void __launch_bounds__(plan::kOnePassThreads, 1)
+    forward_one_pass_kernel(const __grid_constant__ ForwardArguments<T> a) {
   using A = Compute<T>;
   constexpr int K = kLanes<T, kChannelsLast>;
   constexpr int kNorms = kAddend == Addend::normalised ? 2 : 1;
@@ -431,7 +415,7 @@ __device__ void fill_saved_parameters(
 
 template <typename T, bool kChannelsLast, Relu kRelu>
 __global__ void __launch_bounds__(plan::kThreads, kBackwardBlocks<kRelu>)
-    gradient_sums_kernel(const BackwardArguments<T> a) {
+    gradient_sums_kernel(const __grid_constant__ BackwardArguments<T> a) {
   using A = Compute<T>;
   using Body = GradientSums<T, kChannelsLast, kRelu, false>;
   constexpr int kNorms = Body::Q - 1;
@@ -452,7 +436,7 @@ __global__ void __launch_bounds__(plan::kThreads, kBackwardBlocks<kRelu>)
 
 template <typename T, bool kChannelsLast, Relu kRelu>
 __global__ void __launch_bounds__(plan::kThreads, kBackwardBlocks<kRelu>)
-    backward_kernel(const BackwardArguments<T> a) {
+    backward_kernel(const __grid_constant__ BackwardArguments<T> a) {
   using A = Compute<T>;
   constexpr int kNorms = kRelu == Relu::recomputed_of_pair ? 2 : 1;
   const BlockPlace block(a.tiles, a.pass, blockIdx.x, a.reverse);
@@ -484,7 +468,8 @@ __global__ void __launch_bounds__(plan::kThreads, kBackwardBlocks<kRelu>)
 
 // Sums and their use in one launch; x and dy are kept in shared memory.
 template <typename T, bool kChannelsLast, Relu kRelu>
-__global__ void __launch_bounds__(plan::kOnePassThreads, 1) backward_one_pass_kernel(const BackwardArguments<T> a) {
+__global__ void __launch_bounds__(plan::kOnePassThreads, 1)
+    backward_one_pass_kernel(const __grid_constant__ BackwardArguments<T> a) {
   using A = Compute<T>;
   constexpr int K = kLanes<T, kChannelsLast>;
   constexpr int kNorms = kRelu == Relu::recomputed_of_pair ? 2 : 1;

@@ -108,7 +108,9 @@ template <typename T>
 struct Slab {
   Vector<T, kVector<T>>* memory;
 
-  __device__ void put(int k, const Vector<T, kVector<T>>& value) const { store_16_bytes(at(k), value); }
+  __device__ void put(int k, const Vector<T, kVector<T>>& value) const {
+    *reinterpret_cast<uint4*>(at(k)) = bytes_of(value);
+  }
   __device__ void get(int k, Vector<T, kVector<T>>& value) const { load_16_bytes(value, at(k)); }
   __device__ Vector<T, kVector<T>>* at(int k) const { return memory + k * static_cast<int>(blockDim.x) + threadIdx.x; }
 };
@@ -217,7 +219,8 @@ struct StatisticsArguments {
 
 // Partial statistics of the norms that train, one after the other in the grid, and their counters.
 template <typename T, bool kChannelsLast>
-__global__ void __launch_bounds__(plan::kThreads, plan::kBlocks) statistics_kernel(const StatisticsArguments<T> a) {
+__global__ void __launch_bounds__(plan::kThreads, plan::kBlocks)
+    statistics_kernel(const __grid_constant__ StatisticsArguments<T> a) {
   using A = Compute<T>;
   constexpr int K = kLanes<T, kChannelsLast>;
   if (blockIdx.x == 0 && threadIdx.x == 0) {
@@ -265,7 +268,7 @@ struct FinishStatisticsArguments {
 // The norms follow each other on the same threads, for they may share their running statistics.
 template <typename T>
 __global__ void __launch_bounds__(kMaxFinishThreads)
-    finish_statistics_kernel(const FinishStatisticsArguments<T> arguments) {
+    finish_statistics_kernel(const __grid_constant__ FinishStatisticsArguments<T> arguments) {
   const StatisticsArguments<T>& a = arguments.statistics;
   const Tiles& t = a.tiles;
   const int threads_y = static_cast<int>(blockDim.x) / kFinishThreadsX;
@@ -356,7 +359,8 @@ struct FinishGradientsArguments {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kMaxFinishThreads) finish_gradients_kernel(const FinishGradientsArguments<T> a) {
+__global__ void __launch_bounds__(kMaxFinishThreads)
+    finish_gradients_kernel(const __grid_constant__ FinishGradientsArguments<T> a) {
   const Tiles& t = a.tiles;
   const int threads_y = static_cast<int>(blockDim.x) / kFinishThreadsX;
   const int64_t c = int64_t{blockIdx.x} * kFinishThreadsX + threadIdx.x % kFinishThreadsX;

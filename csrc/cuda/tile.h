@@ -115,7 +115,7 @@ class Walk {
   int64_t column_;    // contiguous: the vector in its plane
 };
 
-// One access of 16 bytes. Through uint4, for a compiler may take an array apart and store its parts.
+// One access of 16 bytes.
 template <typename V>
 __device__ inline void load_16_bytes(V& value, const void* from) {
   static_assert(sizeof(V) == sizeof(uint4));
@@ -124,11 +124,11 @@ __device__ inline void load_16_bytes(V& value, const void* from) {
 }
 
 template <typename V>
-__device__ inline void store_16_bytes(void* to, const V& value) {
+__device__ inline uint4 bytes_of(const V& value) {
   static_assert(sizeof(V) == sizeof(uint4));
   uint4 bytes;
   memcpy(&bytes, &value, sizeof(V));
-  *static_cast<uint4*>(to) = bytes;
+  return bytes;
 }
 
 // A vector's elements; zeros where they do not exist.
@@ -147,7 +147,8 @@ template <bool kFast, typename T, int V>
 __device__ inline void store_at(const Vector<T, V>& value, T* __restrict__ data, const Place& p, bool aligned) {
   const bool whole = p.valid == V && (kFast || aligned);
   if (whole) {
-    store_16_bytes(data + p.offset, value);
+    // A plain assignment nvcc may take apart into stores of 4 bytes.
+    __stcg(reinterpret_cast<uint4*>(data + p.offset), bytes_of(value));
   } else if constexpr (!kFast) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
