@@ -75,7 +75,7 @@ def plan(work: Path, workers: int) -> list[Part]:
         Part("env", (module("benchmarks.gpu.env"),), 30),
         Part("verify", tuple(verify), 90, BUILT),
         Part("tests", (Command("pytest", (python, *pytest)),), 120, BUILT),
-        Part("ops", ops(), 110, BUILT, quiet=True),
+        Part("ops", ops(), 130, BUILT, quiet=True),
         Part("models", (models(*options("kind", *OURS, "compile")),), 80, BUILT, quiet=True),
         Part("host", (module("benchmarks.gpu.host", "--out", str(work / "host.jsonl")),), 25, BUILT, quiet=True),
         Part("small-models", (models(*options("kind", *OURS), *options("batch", 1, 8)),), 45, BUILT, quiet=True),

@@ -19,7 +19,7 @@ from ..shapes import Shape
 from .device import CudaDevice, HostDevice
 from .ops import FUSED
 
-CALLS, ROUNDS = 100, 15  # launches of one round fit the queue of the device: more would wait for it
+CALLS, ROUNDS = 40, 25  # launches of one round fit the queue of the device: more would wait for it
 
 
 def host_microseconds(

@@ -43,6 +43,7 @@ def measure_kind(
             step = steps.pop(kind)
             steps.clear()
             device.free()
+            device.peak_megabytes()  # from here on
             for graph in graphs:
                 call, timed = step.step, "calls"
                 if graph:

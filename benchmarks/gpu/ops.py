@@ -55,8 +55,9 @@ def peer_call(peer: str, op: str) -> Call:
     if peer == "eager":
         return cases.PEERS["eager"]
     if peer in COMPILE_MODES:
-        # a function of its own per case: torch.compile keeps only so many variants of one
-        @functools.partial(torch.compile, mode=COMPILE_MODES[peer], dynamic=False)
+        torch.compiler.reset()  # it keeps only so many variants of a function, and then runs it as eager
+
+        @functools.partial(torch.compile, mode=COMPILE_MODES[peer], dynamic=False, fullgraph=True)
         def compiled(inputs: Sequence[Tensor], stats: Sequence[Tensor]) -> Tensor:
             return cases.PEERS["eager"](op, inputs, stats, True)
 

@@ -147,11 +147,14 @@ class Runner:
                 failed[command.name] = str(error)
                 continue
             (self._background if command.background else processes).append(process)
-        while any(p.running() for p in processes) and self._clock() - start < limit:
-            time.sleep(0.05)
-        late = [p for p in processes if p.running()]
-        for process in late:
-            process.end()
+        late: list[_Process] = []
+        try:
+            while any(p.running() for p in processes) and self._clock() - start < limit:
+                time.sleep(0.05)
+        finally:  # also where the user interrupts
+            late += [p for p in processes if p.running()]
+            for process in late:
+                process.end()
         exits = {p.command.name: None if p in late else p.popen.returncode for p in processes}
         bad = [p for p in processes if exits[p.command.name] != 0]
         output = "\n".join([f"{n}: {w}" for n, w in failed.items()] + [_tail(p.log) for p in bad])[-TAIL:]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import types
 
 import pytest
 import torch
 
 from benchmarks import cases
+from benchmarks.gpu import device as device_module
 from benchmarks.gpu import host, models, ops
 from benchmarks.gpu.device import HostDevice, Replay
 from benchmarks.shapes import Shape
@@ -66,6 +69,126 @@ class TestDevice:
     def test_copy_bandwidth_is_measured_once(self, device):
         assert device.copy_bandwidth() == pytest.approx(2 * device.copy_bytes / 1e-3)
         assert device.copy_bandwidth() == device.copy_bandwidth()
+
+
+class FakeCuda:
+    """What `CudaDevice` calls of torch.cuda, on the CPU; a replay takes two milliseconds and does nothing."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.capturing = self.refuses = False
+        self.log: list[str] = []
+
+    def __getattr__(self, name):  # synchronize, empty_cache, reset_peak_memory_stats
+        return lambda *arguments: self.log.append(name)
+
+    def current_device(self):
+        return 0
+
+    def get_device_properties(self, device):
+        return types.SimpleNamespace(name="Fake GPU", L2_cache_size=1 << 20)
+
+    def max_memory_allocated(self, device):
+        return 3_000_000
+
+    def Stream(self, device=None):
+        return types.SimpleNamespace(wait_stream=lambda other: None)
+
+    current_stream = Stream
+
+    def stream(self, stream):
+        return contextlib.nullcontext()
+
+    def graph_pool_handle(self):
+        return "pool"
+
+    def CUDAGraph(self):
+        return types.SimpleNamespace(replay=lambda: self.tick(2.0))
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream):
+        if self.refuses:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.log.append(f"graph in {pool}")
+        yield
+
+    def tick(self, milliseconds):
+        self.now += milliseconds
+
+    def Event(self, enable_timing):
+        return FakeEvent(self)
+
+
+class FakeEvent:
+    def __init__(self, cuda):
+        self.cuda = cuda
+
+    def record(self):
+        self.at = self.cuda.now
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+class FakeTorch:
+    """torch with another torch.cuda, whose device is the CPU."""
+
+    def __init__(self) -> None:
+        self.cuda = FakeCuda()
+        self.device = lambda *arguments: torch.device("cpu")
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    fake = FakeTorch()
+    monkeypatch.setattr(device_module, "torch", fake)
+    return device_module.CudaDevice(), fake.cuda
+
+
+class TestCudaDevice:
+    """As far as it goes without one."""
+
+    def test_stages_are_captured_in_one_pool_and_timed_by_events(self, cuda, monkeypatch):
+        device, fake = cuda
+        monkeypatch.setattr(device, "flush", lambda: fake.tick(50.0))
+        seen = []
+        replays = device.capture(lambda: 20, seen.append)
+        assert [type(r).__name__ for r in replays] == ["GraphReplay"] * 2
+        assert fake.log.count("graph in pool") == 2
+        assert seen == [20] * 3
+        assert device.median_times(replays) == [pytest.approx(2e-3)] * 2  # without the 50 ms of emptying the cache
+
+    def test_what_cannot_be_captured_is_called(self, cuda):
+        device, fake = cuda
+        fake.refuses = True
+        replays = device.capture(lambda: 20, lambda v: v + 1)
+        assert [(r.timed, r.result) for r in replays] == [("calls", 20), ("calls", 21)]
+
+    def test_kernels_without_those_that_empty_the_cache(self, cuda, monkeypatch):
+        device, _ = cuda
+        ran = []
+        monkeypatch.setattr(device, "flush", lambda: ran.append(("flush", 9e-6)))
+
+        def profile(function, rounds):
+            ran.clear()
+            for _ in range(rounds):
+                function()
+            return [(name, float(i), seconds) for i, (name, seconds) in enumerate(ran)]
+
+        monkeypatch.setattr(device, "_profile", profile)
+        replays = [lambda: ran.append(("statistics", 1e-6)), lambda: ran.extend([("reduce", 2e-6), ("apply", 3e-6)])]
+        assert device.kernels(replays) == [("statistics", 1e-6), ("reduce", 2e-6), ("apply", 3e-6)]
+
+    def test_the_rest(self, cuda):
+        device, fake = cuda
+        device.flush()
+        device.free()
+        assert device.peak_megabytes() == 3.0
+        assert (device.name, device.kind) == ("Fake GPU", "cuda")
+        assert {"synchronize", "empty_cache", "reset_peak_memory_stats"} <= set(fake.log)
 
 
 class TestOps:
@@ -142,15 +265,15 @@ class TestOps:
     def test_compiled_peers(self, device, monkeypatch):
         modes = []
 
-        def compile(function, mode, dynamic):
-            modes.append((mode, dynamic))
+        def compile(function, mode, dynamic, fullgraph):
+            modes.append((mode, dynamic, fullgraph))
             return function
 
         monkeypatch.setattr(torch, "compile", compile)
         measurement = ops.OpMeasurement(SMALL[1], "float32", "channels_last", device)
         for peer in ops.COMPILE_MODES:
             assert "error" not in measurement.measure(peer)
-        assert modes == [(None, False), ("max-autotune-no-cudagraphs", False)]
+        assert modes == [(None, False, True), ("max-autotune-no-cudagraphs", False, True)]
 
     def test_shapes_of_the_bars_come_first(self):
         shapes = ops.headline_shapes()
