@@ -163,6 +163,11 @@ class TestPlan:
                 assert fusedres(arguments) == 2
         assert seen == {*programs, "fusedres", "benchmarks.gpu.env", "pip", "pytest"}
 
+    def test_files_with_tests_for_a_gpu(self):
+        found = {path.relative_to(ROOT / "tests").as_posix() for path in driver.gpu_tests()}
+        assert {path.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests/gpu").glob("test_*.py")} <= found
+        assert "ops/test_add_act.py" not in found
+
     def test_environment(self, tmp_path):
         env = driver.environ(tmp_path, "9.0", {"PATH": "/bin", "PYTHONPATH": "/elsewhere"})
         assert env["PATH"] == "/bin"
