@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as tnf
 from torch import Tensor
 
+from fusedres import functional as F
 from fusedres.ops.add_act import add_act_backward_traffic, add_act_traffic
 from fusedres.ops.batch_norm_act import (
     batch_norm_act_backward_traffic,
@@ -91,17 +92,19 @@ def _eager(op: str, inputs: Sequence[Tensor], stats: Sequence[Tensor], training:
 
 
 def _fused(op: str, inputs: Sequence[Tensor], stats: Sequence[Tensor], training: bool) -> Tensor:
-    from fusedres import functional as F
-
-    options: dict[str, Any] = {"training": training, "momentum": MOMENTUM, "eps": EPS}
+    x = inputs[0]
     if op == "add_act":
-        return F.add_act(inputs[0], inputs[1])
-    norm = (inputs[0], *stats[:2], *inputs[1:3])
+        return F.add_act(x, inputs[1])
+    mean, var, weight, bias = stats[0], stats[1], inputs[1], inputs[2]
     if op == "batch_norm_act_max_pool":
-        return F.batch_norm_act_max_pool(*norm, **options)
+        return F.batch_norm_act_max_pool(x, mean, var, weight, bias, training=training, momentum=MOMENTUM, eps=EPS)
     if op == "batch_norm_add_batch_norm_act":
-        return F.batch_norm_add_batch_norm_act(*norm, inputs[3], *stats[2:], *inputs[4:], **options)
-    return F.batch_norm_act(*norm, *inputs[3:], **options)
+        second = (inputs[3], stats[2], stats[3], inputs[4], inputs[5])
+        return F.batch_norm_add_batch_norm_act(
+            x, mean, var, weight, bias, *second, training=training, momentum=MOMENTUM, eps=EPS
+        )
+    residual = inputs[3] if len(inputs) > 3 else None
+    return F.batch_norm_act(x, mean, var, weight, bias, residual, training=training, momentum=MOMENTUM, eps=EPS)
 
 
 PEERS: dict[str, Callable[[str, Sequence[Tensor], Sequence[Tensor], bool], Tensor]] = {

@@ -30,32 +30,29 @@ struct Pooling : fusedres::Pooling {
 template <class T>
 struct PoolArgs {
   using S = typename ScalarOf<T>::type;
+  const S* params;  // the backward's table, in the forward too
   const T* x;
-  Affine<S> bn;
   bool relu;
   T* out;
   const T* dy;
   uint8_t* winners;  // position in the window, of every output element, in the layout of the output
-  Gradient<S> gradient;
   T* dx;
-  bool uses_x;  // false in evaluation, where dx = g * of_g whatever x is
+  bool uses_x;  // false in evaluation, where dx = g * scale whatever x is
   bool stream;
 };
 
 // Rows are output rows (input rows for `backward_rows`), counted through the batch; planes are counted through batch
-// and channels. `scratch` holds `scratch_scalars` values of the compute type.
+// and channels. `scratch` holds `scratch_scalars` values of the compute type. Arguments go by value: see traverse.h.
 template <class T>
 struct MaxPoolKernels {
   using S = typename ScalarOf<T>::type;
-  void (*forward_rows)(const PoolArgs<T>&, const Pooling&, int64_t begin, int64_t end, S* scratch);
-  void (*forward_planes)(const PoolArgs<T>&, const Pooling&, int64_t begin, int64_t end, S* scratch);
+  void (*forward_rows)(PoolArgs<T>, Pooling, int64_t begin, int64_t end, S* scratch);
+  void (*forward_planes)(PoolArgs<T>, Pooling, int64_t begin, int64_t end, S* scratch);
   // Finds the winners and adds sum g and sum g*(x - mean), per channel.
-  void (*winners_rows)(
-      const PoolArgs<T>&, const Pooling&, int64_t begin, int64_t end, S* scratch, double* sum_g, double* sum_gx);
-  void (*winners_planes)(
-      const PoolArgs<T>&, const Pooling&, int64_t begin, int64_t end, S* scratch, double* sum_g, double* sum_gx);
-  void (*backward_rows)(const PoolArgs<T>&, const Pooling&, int64_t begin, int64_t end);
-  void (*backward_planes)(const PoolArgs<T>&, const Pooling&, int64_t begin, int64_t end, S* scratch);
+  void (*winners_rows)(PoolArgs<T>, Pooling, int64_t begin, int64_t end, S* scratch, double* sum_g, double* sum_gx);
+  void (*winners_planes)(PoolArgs<T>, Pooling, int64_t begin, int64_t end, S* scratch, double* sum_g, double* sum_gx);
+  void (*backward_rows)(PoolArgs<T>, Pooling, int64_t begin, int64_t end);
+  void (*backward_planes)(PoolArgs<T>, Pooling, int64_t begin, int64_t end, S* scratch);
 };
 
 // Enough for any of the kernels above.
