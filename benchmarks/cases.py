@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as tnf
 from torch import Tensor
 
+from fusedres import functional as F
 from fusedres.ops.add_act import add_act_backward_traffic, add_act_traffic
 from fusedres.ops.batch_norm_act import (
     batch_norm_act_backward_traffic,
@@ -91,17 +92,19 @@ def _eager(op: str, inputs: Sequence[Tensor], stats: Sequence[Tensor], training:
 
 
 def _fused(op: str, inputs: Sequence[Tensor], stats: Sequence[Tensor], training: bool) -> Tensor:
-    from fusedres import functional as F
-
-    options: dict[str, Any] = {"training": training, "momentum": MOMENTUM, "eps": EPS}
+    x = inputs[0]
     if op == "add_act":
-        return F.add_act(inputs[0], inputs[1])
-    norm = (inputs[0], *stats[:2], *inputs[1:3])
+        return F.add_act(x, inputs[1])
+    mean, var, weight, bias = stats[0], stats[1], inputs[1], inputs[2]
     if op == "batch_norm_act_max_pool":
-        return F.batch_norm_act_max_pool(*norm, **options)
+        return F.batch_norm_act_max_pool(x, mean, var, weight, bias, training=training, momentum=MOMENTUM, eps=EPS)
     if op == "batch_norm_add_batch_norm_act":
-        return F.batch_norm_add_batch_norm_act(*norm, inputs[3], *stats[2:], *inputs[4:], **options)
-    return F.batch_norm_act(*norm, *inputs[3:], **options)
+        second = (inputs[3], stats[2], stats[3], inputs[4], inputs[5])
+        return F.batch_norm_add_batch_norm_act(
+            x, mean, var, weight, bias, *second, training=training, momentum=MOMENTUM, eps=EPS
+        )
+    residual = inputs[3] if len(inputs) > 3 else None
+    return F.batch_norm_act(x, mean, var, weight, bias, residual, training=training, momentum=MOMENTUM, eps=EPS)
 
 
 PEERS: dict[str, Callable[[str, Sequence[Tensor], Sequence[Tensor], bool], Tensor]] = {
@@ -113,17 +116,25 @@ PEERS: dict[str, Callable[[str, Sequence[Tensor], Sequence[Tensor], bool], Tenso
 class Case:
     """One op on one shape, dtype and layout: tensors, candidates to time, and the gate."""
 
-    def __init__(self, shape: Shape, dtype: str = "float32", layout: str = "channels_last", seed: int = 0) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: str = "float32",
+        layout: str = "channels_last",
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.shape, self.dtype, self.layout = shape, dtype, layout
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         size, c, form = (shape.n, shape.c, shape.h, shape.w), shape.c, FORMATS[layout]
 
         def activation(*size: int) -> Tensor:
-            x = torch.randn(size, generator=generator).to(DTYPES[dtype])
+            x = torch.randn(size, generator=generator, device=device).to(DTYPES[dtype])
             return x.contiguous(memory_format=form)
 
         def affine() -> list[Tensor]:
-            return [torch.rand(c, generator=generator) + 0.5, torch.randn(c, generator=generator) * 0.1]
+            scale, shift = (f(c, generator=generator, device=device) for f in (torch.rand, torch.randn))
+            return [scale + 0.5, shift * 0.1]
 
         self.inputs = [activation(*size)]
         if shape.op != "add_act":
@@ -133,7 +144,7 @@ class Case:
         norms = {"add_act": 0, "batch_norm_add_batch_norm_act": 2}.get(shape.op, 1)
         if norms == 2:
             self.inputs += affine()
-        self.stats = [f(c) for _ in range(norms) for f in (torch.zeros, torch.ones)]
+        self.stats = [f(c, device=device) for _ in range(norms) for f in (torch.zeros, torch.ones)]
         for tensor in self.inputs:
             tensor.requires_grad_()
         out_size = size
@@ -176,32 +187,48 @@ class Case:
     def results(self, peer: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Output, gradients and updated running statistics of one call, in float64."""
         inputs = [t.detach().clone().to(dtype or t.dtype).requires_grad_() for t in self.inputs]
-        stats = [(torch.zeros if i % 2 == 0 else torch.ones)(self.shape.c, dtype=dtype) for i in range(len(self.stats))]
+        stats = [torch.full_like(s, i % 2, dtype=dtype) for i, s in enumerate(self.stats)]
         out = PEERS[peer](self.shape.op, inputs, stats, True)
         grads = torch.autograd.grad(out, inputs, self.grad_out.to(out.dtype))
+        return self.named(out, grads, stats)
+
+    def named(self, out: Tensor, grads: Sequence[Tensor], stats: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What a call gave, in float64."""
         named = (
             {"out": out} | {f"grad{i}": g for i, g in enumerate(grads)} | {f"stat{i}": s for i, s in enumerate(stats)}
         )
         return {k: v.detach().double() for k, v in named.items()}
 
-    def gate(self, peer: str = "fusedres") -> None:
-        """Raise unless every result is as near to float64 as eager's at the same dtype is.
+    def expected(self) -> dict[str, tuple[Tensor, float]]:
+        """Float64 results, and for each the relative L2 error that is allowed.
 
-        Relative L2 errors: at most twice eager's, plus what a few ReLU or pooling decisions within rounding of a tie
-        change. (The tests hold the stricter rule, element by element.)
+        At most twice eager's, plus what a few ReLU or pooling decisions within rounding of a tie change. The tests hold
+        the stricter rule, element by element.
         """
-        exact = self.results("eager", torch.float64)
-        eager, ours = self.results("eager"), self.results(peer)
+        exact, eager = self.results("eager", torch.float64), self.results("eager")
         slack = {"float32": 1e-3, "bfloat16": 2**-7, "float16": 2**-9}[self.dtype]
-        for name, reference in exact.items():
+        return {
+            name: (reference, 2 * float(_relative_error(eager[name], reference)) + slack)
+            for name, reference in exact.items()
+        }
+
+    def check(self, ours: dict[str, Tensor], expected: dict[str, tuple[Tensor, float]]) -> None:
+        """Raise AssertionError unless every result is within what is allowed."""
+        for name, (reference, allowed) in expected.items():
             if ours[name].shape != reference.shape:
                 got, wanted = tuple(ours[name].shape), tuple(reference.shape)
                 raise AssertionError(f"{self.key}: {name} has shape {got}, eager {wanted}")
-            scale = reference.norm().clamp_min(1e-12)
-            error = (ours[name] - reference).norm() / scale
-            allowed = 2 * (eager[name] - reference).norm() / scale + slack
+            error = float(_relative_error(ours[name], reference))
             if not error <= allowed:  # also catches NaN
                 raise AssertionError(f"{self.key}: {name} is off by {error:.2e} (relative L2), allowed {allowed:.2e}")
+
+    def gate(self, peer: str = "fusedres") -> None:
+        """Raise unless every result of a fresh call is as near to float64 as eager's at the same dtype is."""
+        self.check(self.results(peer), self.expected())
+
+
+def _relative_error(value: Tensor, reference: Tensor) -> Tensor:
+    return (value - reference).norm() / reference.norm().clamp_min(1e-12)
 
 
 @dataclass(frozen=True)

@@ -9,22 +9,35 @@
 namespace fusedres::cpu {
 namespace {
 
-template <class T, bool kRelu, bool kMask, bool kStream, bool kFull>
-FUSEDRES_INLINE void add_vector(const AddArgs<T>& a, int64_t i, int n) {
+template <class T, bool kRelu, bool kMask, bool kFull>
+FUSEDRES_INLINE auto add_vector(const AddArgs<T>& a, int64_t i, uint16_t* word, int n) {
   auto y = get<kFull>(a.x + i, n) + get<kFull>(a.residual + i, n);
   if constexpr (kRelu) {
     const auto m = positive<T>(y);
     y = keep(m, y);
-    if constexpr (kMask) a.mask[i / kLanes] = kFull ? bits(m) : bits(m) & ((1u << n) - 1);
+    if constexpr (kMask) *word = kFull ? bits(m) : bits(m) & ((1u << n) - 1);
   }
-  put<kFull, kStream>(a.out + i, y, n);
+  return y;
 }
 
 template <class T, bool kRelu, bool kMask, bool kStream>
-void add_range(const AddArgs<T>& a, int64_t begin, int64_t end) {
+void add_range(AddArgs<T> a, int64_t begin, int64_t end) {
+  uint16_t* word = a.mask + begin / kLanes;
   int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) add_vector<T, kRelu, kMask, kStream, true>(a, i, kLanes);
-  if (i < end) add_vector<T, kRelu, kMask, kStream, false>(a, i, static_cast<int>(end - i));
+  if constexpr (kStoredInPairs<T>) {
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes, word += 2) {
+      const auto low = add_vector<T, kRelu, kMask, true>(a, i, word, kLanes);
+      const auto high = add_vector<T, kRelu, kMask, true>(a, i + kLanes, word + 1, kLanes);
+      store_pair<kStream>(a.out + i, low, high);
+    }
+  }
+  for (; i + kLanes <= end; i += kLanes, ++word) {
+    put<true, kStream>(a.out + i, add_vector<T, kRelu, kMask, true>(a, i, word, kLanes), kLanes);
+  }
+  if (i < end) {
+    const int n = static_cast<int>(end - i);
+    store_n(a.out + i, add_vector<T, kRelu, kMask, false>(a, i, word, n), n);
+  }
   finish_streams(kStream);
 }
 
@@ -40,16 +53,14 @@ void add(const AddArgs<T>& a, int64_t begin, int64_t end) {
 }
 
 template <class T, bool kStream>
-void mask_range(const MaskArgs<T>& a, int64_t begin, int64_t end) {
+void mask_range(MaskArgs<T> a, int64_t begin, int64_t end) {
+  const uint16_t* word = a.mask + begin / kLanes;
   int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) {
-    const auto dy = load(a.dy + i);
-    put<true, kStream>(a.dx + i, keep(mask_from_bits(a.mask[i / kLanes], dy), dy), kLanes);
-  }
-  if (i < end) {
-    const int n = static_cast<int>(end - i);
+  for (; i + 2 * kLanes <= end; i += 2 * kLanes, word += 2) copy_kept<kStream>(a.dx + i, a.dy + i, word);
+  for (; i < end; i += kLanes, ++word) {
+    const int n = static_cast<int>(end - i < kLanes ? end - i : kLanes);
     const auto dy = load_n(a.dy + i, n);
-    store_n(a.dx + i, keep(mask_from_bits(a.mask[i / kLanes], dy), dy), n);
+    store_n(a.dx + i, keep(mask_from_bits(*word, dy), dy), n);
   }
   finish_streams(kStream);
 }
@@ -142,7 +153,7 @@ std::tuple<Tensor, Tensor> add_act_cpu(Tensor x, Tensor residual, bool relu, boo
 Tensor add_act_backward_cpu(Tensor dy, Tensor mask) {
   const int64_t numel = dy.numel();
   STD_TORCH_CHECK(is_dense(dy), "dy must be dense");
-  check_mask(mask, mask_bytes(numel));
+  check_mask(mask, dy, mask_bytes(numel));
   Tensor dx = uninitialized_like(dy);
   dispatch(dy.scalar_type(), [&]<class T>(T*) {
     const MaskArgs<T> args{data<T>(dy), data<uint16_t>(mask), data<T>(dx), streams<T>(numel)};

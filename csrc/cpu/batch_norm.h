@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "batch_norm_kernels.h"
+#include "common/batch_norm.h"
 #include "driver.h"
 
 namespace fusedres::cpu {
@@ -73,34 +74,6 @@ inline std::pair<int64_t, int64_t> columns_of(int64_t task, int64_t width, int64
   return {task * width, std::min((task + 1) * width, columns)};
 }
 
-struct NormArguments {
-  OptionalTensor weight, bias, running_mean, running_var, num_batches_tracked;
-  bool training;
-  std::optional<double> momentum;
-  double eps;
-};
-
-inline void check_norm(const NormArguments& a, const Tensor& x, const Layout4d& layout) {
-  const int64_t channels = layout.channels;
-  check_channel_vectors({&a.weight, &a.bias, &a.running_mean, &a.running_var}, x, channels);
-  STD_TORCH_CHECK(layout.numel() > 0, "x must not be empty");
-  if (a.training) {
-    STD_TORCH_CHECK(layout.pixels() > 1, "training needs more than one value per channel");
-    STD_TORCH_CHECK(a.eps > 0, "eps must be positive during training");
-    STD_TORCH_CHECK(
-        a.running_mean.has_value() == a.running_var.has_value(), "running_mean and running_var go together");
-  } else {
-    STD_TORCH_CHECK(!(a.eps < 0), "eps must be non-negative");
-    STD_TORCH_CHECK(a.running_mean && a.running_var, "evaluation needs running_mean and running_var");
-  }
-  if (a.num_batches_tracked) {
-    STD_TORCH_CHECK(
-        a.num_batches_tracked->numel() == 1 && a.num_batches_tracked->scalar_type() == ScalarType::Long,
-        "num_batches_tracked must be one int64 value");
-  }
-  STD_TORCH_CHECK(a.momentum || a.num_batches_tracked || !a.training, "momentum=None needs num_batches_tracked");
-}
-
 // Work per channel goes through doubles, so many channels at a time.
 constexpr int64_t kChannelChunk = 256;
 
@@ -117,45 +90,82 @@ inline void read_or_fill(const ChannelVector& v, int64_t c0, int64_t c1, double 
   }
 }
 
-// What the kernels take per column.
+enum class Which { first, second };  // of a pair; a lone normalisation is the first
+enum class Direction { forward, backward };
+
+// The table of what the kernels take per column (see Slots), filled by one normalisation or by the two of a pair, the
+// first before the second.
 template <class T>
-struct ColumnParams {
+class ParamTable {
+ public:
   using S = typename ScalarOf<T>::type;
-  S *mean, *scale, *shift;
 
-  static size_t bytes(int64_t columns) { return 3 * sizeof(S) * columns; }
-  ColumnParams(Scratch& scratch, int64_t columns)
-      : mean(scratch.take<S>(columns)), scale(scratch.take<S>(columns)), shift(scratch.take<S>(columns)) {}
+  static size_t bytes(const Tiling& tiling, bool pair, Direction direction) {
+    return sizeof(S) * count_slots(pair, direction) * padded(tiling.columns);
+  }
+  ParamTable(Scratch& scratch, const Tiling& tiling, bool pair, Direction direction)
+      : pair_(pair),
+        slots_(count_slots(pair, direction)),
+        channels_(tiling.layout.channels),
+        columns_(tiling.columns),
+        data_(scratch.take<S>(slots_ * padded(tiling.columns))) {}
 
-  // From the saved statistics (3, C), for channels [c0, c1), repeated over the columns.
-  void fill(
-      const S* stats,
-      const ChannelVector& weight,
-      const ChannelVector& bias,
-      const Tiling& tiling,
-      int64_t c0,
-      int64_t c1) {
-    const int64_t channels = tiling.layout.channels;
-    for_each_chunk(c0, c1, [&](int64_t begin, int64_t end) {
-      double w[kChannelChunk], b[kChannelChunk];
-      read_or_fill(weight, begin, end, 1.0, w);
-      read_or_fill(bias, begin, end, 0.0, b);
-      for (int64_t c = begin; c < end; ++c) {
-        mean[c] = stats[c];
-        scale[c] = static_cast<S>(w[c - begin] * static_cast<double>(stats[channels + c]));
-        const double mean_low = stats[2 * channels + c];
-        shift[c] = static_cast<S>(b[c - begin] - mean_low * static_cast<double>(scale[c]));
-      }
-    });
-    for (int64_t c = c0; c < c1; ++c) {
-      for (int64_t column = c + channels; column < tiling.columns; column += channels) {
-        mean[column] = mean[c];
-        scale[column] = scale[c];
-        shift[column] = shift[c];
-      }
+  const S* data() const { return data_; }
+
+  // y of channels [c0, c1), at most kChannelChunk, from the saved statistics (3, C).
+  void write_affine(
+      Which which, const S* stats, const ChannelVector& weight, const ChannelVector& bias, int64_t c0, int64_t c1) {
+    double w[kChannelChunk], b[kChannelChunk];
+    S scale[kChannelChunk], shift[kChannelChunk];
+    read_or_fill(weight, c0, c1, 1.0, w);
+    read_or_fill(bias, c0, c1, 0.0, b);
+    for (int64_t i = 0; i < c1 - c0; ++i) {
+      scale[i] = static_cast<S>(w[i] * static_cast<double>(stats[channels_ + c0 + i]));
+      const double mean_low = stats[2 * channels_ + c0 + i];
+      shift[i] = static_cast<S>(b[i] - mean_low * static_cast<double>(scale[i]));
+    }
+    const bool first = which == Which::first;
+    const auto set = [](S& to, S from) { to = from; };
+    for_each_column(first ? Slot::mean : Slot::mean2, c0, c1, stats + c0, set);
+    for_each_column(first ? Slot::scale : Slot::scale2, c0, c1, scale, set);
+    if (first) return for_each_column(Slot::shift, c0, c1, shift, set);
+    for_each_column(Slot::shift, c0, c1, shift, [](S& to, S from) { to += from; });
+  }
+
+  // dx of channels [c0, c1).
+  void write_gradient(Which which, const S* of_x, const S* constant, int64_t c0, int64_t c1) {
+    const int slot = !pair_ ? Slots<false>::of_x : which == Which::first ? Slot::of_x : Slot::of_x2;
+    const auto set = [](S& to, S from) { to = from; };
+    for_each_column(slot, c0, c1, of_x, set);
+    for_each_column(slot + 1, c0, c1, constant, set);
+  }
+
+  S scale(Which which, int64_t c) { return at(which == Which::first ? Slot::scale : Slot::scale2, c); }
+
+ private:
+  using Slot = Slots<true>;
+  static_assert(Slot::constant == Slot::of_x + 1 && Slot::constant2 == Slot::of_x2 + 1);
+
+  static int count_slots(bool pair, Direction direction) {
+    if (direction == Direction::forward) return pair ? Slots<true>::forward : Slots<false>::forward;
+    return pair ? Slots<true>::backward : Slots<false>::backward;
+  }
+  static int64_t padded(int64_t columns) { return ceil_div(columns, kLanes) * kLanes; }
+
+  S& at(int slot, int64_t column) { return data_[(column / kLanes * slots_ + slot) * kLanes + column % kLanes]; }
+
+  // A channel has several columns where the tensor is walked in rows longer than its channels.
+  template <class F>
+  void for_each_column(int slot, int64_t c0, int64_t c1, const S* from, const F& f) {
+    for (int64_t first = 0; first < columns_; first += channels_) {
+      for (int64_t c = c0; c < c1; ++c) f(at(slot, first + c), from[c - c0]);
     }
   }
-  Affine<S> affine() const { return {mean, scale, shift}; }
+
+  bool pair_;
+  int slots_;
+  int64_t channels_, columns_;
+  S* data_;
 };
 
 // The forward side of one normalisation: statistics of x, running statistics, saved statistics, column parameters.
@@ -164,16 +174,22 @@ class Norm {
  public:
   using S = typename ScalarOf<T>::type;
 
-  static size_t scratch_bytes(const Tiling& tiling) {
-    return ColumnParams<T>::bytes(tiling.columns) + 2 * sizeof(double) * tiling.columns * tiling.blocks;
-  }
+  static size_t scratch_bytes(const Tiling& tiling) { return 2 * sizeof(double) * tiling.columns * tiling.blocks; }
 
-  Norm(const NormArguments& a, const T* x, const Tiling& tiling, const Tensor& stats, Scratch& scratch)
+  Norm(
+      const NormArguments& a,
+      const T* x,
+      const Tiling& tiling,
+      const Tensor& stats,
+      ParamTable<T>& params,
+      Scratch& scratch,
+      Which which = Which::first)
       : training(a.training),
         x_(x),
         tiling_(tiling),
         eps_(a.eps),
-        params_(scratch, tiling.columns),
+        params_(params),
+        which_(which),
         mean_(scratch.take<double>(training ? tiling.columns * tiling.blocks : 0)),
         m2_(scratch.take<double>(training ? tiling.columns * tiling.blocks : 0)),
         stats_(data<S>(stats)),
@@ -191,8 +207,6 @@ class Norm {
   }
 
   const bool training;
-
-  Affine<S> affine() const { return params_.affine(); }
 
   // Partial statistics of a block, columns [c0, c1).
   void block_statistics(int64_t block, int64_t c0, int64_t c1) const {
@@ -225,8 +239,8 @@ class Norm {
         // Zero where the mean is not finite: Inf - Inf would turn an infinite mean into NaN.
         stats_[2 * channels + c] = std::isfinite(m) ? static_cast<S>(m - static_cast<double>(stats_[c])) : S(0);
       }
+      params_.write_affine(which_, stats_, weight_, bias_, begin, end);
     });
-    params_.fill(stats_, weight_, bias_, tiling_, c0, c1);
   }
 
  private:
@@ -272,7 +286,8 @@ class Norm {
   const T* x_;
   const Tiling& tiling_;
   double eps_;
-  ColumnParams<T> params_;
+  ParamTable<T>& params_;
+  Which which_;
   double* mean_;
   double* m2_;
   S* stats_;
@@ -281,34 +296,29 @@ class Norm {
   double momentum_;
 };
 
-// Runs phase one for every block and columns piece of the normalisations that train, then `finish` of all.
+// Runs f(block, c0, c1) for every block of rows; where they are too few for the threads, each in pieces of the columns.
+template <class F>
+void for_each_block(const Tiling& tiling, const F& f) {
+  const int64_t most = 2 * threads();
+  const int64_t pieces = tiling.blocks >= most ? 1 : std::min(most, ceil_div(tiling.columns, 64));
+  const int64_t width = ceil_div(ceil_div(tiling.columns, pieces), kLanes) * kLanes;
+  const int64_t used = ceil_div(tiling.columns, width);
+  for_each_task(tiling.blocks * used, tiling.layout.numel(), [&](int64_t task) {
+    const auto [c0, c1] = columns_of(task % used, width, tiling.columns);
+    f(task / used, c0, c1);
+  });
+}
+
+// The statistics of the normalisations that train, then `finish` of all.
 template <class T>
 void all_statistics(const Tiling& tiling, Norm<T>* const* norms, int64_t count) {
-  const int64_t pieces =
-      tiling.blocks >= 2 * threads() ? 1 : std::min<int64_t>(2 * threads(), ceil_div(tiling.columns, 64));
-  const int64_t width = ceil_div(ceil_div(tiling.columns, pieces), kLanes) * kLanes;
   for (int64_t i = 0; i < count; ++i) {
     Norm<T>& norm = *norms[i];
     if (norm.training) {
-      const int64_t used = ceil_div(tiling.columns, width);
-      for_each_task(tiling.blocks * used, tiling.layout.numel(), [&](int64_t task) {
-        const auto [c0, c1] = columns_of(task % used, width, tiling.columns);
-        norm.block_statistics(task / used, c0, c1);
-      });
+      for_each_block(tiling, [&](int64_t block, int64_t c0, int64_t c1) { norm.block_statistics(block, c0, c1); });
     }
     norm.finish(0, tiling.layout.channels);
   }
-}
-
-inline Tensor empty_statistics(const Layout4d& layout, const Tensor& x) {
-  const int64_t sizes[] = {3, layout.channels}, strides[] = {layout.channels, 1};
-  const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  return empty_strided(sizes, strides, 2, dtype, x);
-}
-
-inline int64_t mask_bytes(const Layout4d& layout) {
-  if (layout.channels_last) return 2 * ceil_div(layout.numel(), kLanes);
-  return 2 * layout.batch * layout.channels * ceil_div(layout.area(), kLanes);
 }
 
 // The backward side of one normalisation: from sums of g and g*(x - mean) to dweight, dbias and the coefficients of dx.
@@ -317,10 +327,7 @@ class NormBackward {
  public:
   using S = typename ScalarOf<T>::type;
 
-  static size_t scratch_bytes(const Tiling& tiling) {
-    return ColumnParams<T>::bytes(tiling.columns) + 3 * sizeof(S) * tiling.columns +
-           sizeof(double) * tiling.columns * tiling.blocks;
-  }
+  static size_t scratch_bytes(const Tiling& tiling) { return sizeof(double) * tiling.columns * tiling.blocks; }
 
   NormBackward(
       const Tensor& stats,
@@ -330,25 +337,25 @@ class NormBackward {
       const Tiling& tiling,
       const OptionalTensor& dweight,
       const OptionalTensor& dbias,
-      Scratch& scratch)
+      ParamTable<T>& params,
+      Scratch& scratch,
+      Which which = Which::first)
       : training(training),
         tiling_(tiling),
         stats_(data<S>(stats)),
-        weight_(weight),
-        bias_(bias),
         dweight_(dweight),
         dbias_(dbias),
-        params_(scratch, tiling.columns),
-        of_g_(scratch.take<S>(tiling.columns)),
-        of_x_(scratch.take<S>(tiling.columns)),
-        constant_(scratch.take<S>(tiling.columns)),
-        sum_(scratch.take<double>(tiling.columns * tiling.blocks)) {}
+        params_(params),
+        which_(which),
+        sum_(scratch.take<double>(tiling.columns * tiling.blocks)) {
+    const ChannelVector weights(weight), biases(bias);
+    for_each_chunk(0, tiling.layout.channels, [&](int64_t begin, int64_t end) {
+      params.write_affine(which, stats_, weights, biases, begin, end);
+    });
+  }
 
   const bool training;
 
-  void prepare() { params_.fill(stats_, weight_, bias_, tiling_, 0, tiling_.layout.channels); }
-  Affine<S> affine() const { return params_.affine(); }
-  Gradient<S> gradient() const { return {of_g_, of_x_, constant_}; }
   // Per block and column: the sum of g*(x - mean).
   double* sum(int64_t block) const { return sum_ + block * tiling_.columns; }
 
@@ -358,6 +365,7 @@ class NormBackward {
     const double per_count = 1.0 / static_cast<double>(tiling_.layout.pixels());
     for_each_chunk(c0, c1, [&](int64_t begin, int64_t end) {
       double g[kChannelChunk] = {}, gx[kChannelChunk] = {};
+      S of_x[kChannelChunk], constant[kChannelChunk];
       if (reduced) {
         for (int64_t block = 0; block < tiling_.blocks; ++block) {
           for (int64_t first = 0; first < tiling_.columns; first += channels) {
@@ -377,44 +385,28 @@ class NormBackward {
       for (int64_t c = begin; c < end; ++c) {
         const double rstd = stats_[channels + c];
         const double mean_low = stats_[2 * channels + c];
-        const double scale = params_.scale[c];
+        const double scale = params_.scale(which_, c);
         const double dweight = gx[c - begin] * rstd;
         // In evaluation exactly zero, whatever the sums are.
-        const double of_x = training ? -scale * rstd * dweight * per_count : 0.0;
-        const double of_one = training ? -scale * g[c - begin] * per_count - of_x * mean_low : 0.0;
+        const double by_x = training ? -scale * rstd * dweight * per_count : 0.0;
+        // An infinite gradient times nothing would be NaN.
+        const double of_low = std::isfinite(by_x * mean_low) ? by_x * mean_low : 0.0;
+        of_x[c - begin] = static_cast<S>(by_x);
+        constant[c - begin] = static_cast<S>(training ? -scale * g[c - begin] * per_count - of_low : 0.0);
         gx[c - begin] = dweight;
-        of_g_[c] = params_.scale[c];
-        of_x_[c] = static_cast<S>(of_x);
-        constant_[c] = static_cast<S>(of_one);
       }
+      params_.write_gradient(which_, of_x, constant, begin, end);
       if (reduced && dweight_) dweight_.write(begin, end, gx);
     });
-    for (int64_t c = c0; c < c1; ++c) {
-      for (int64_t column = c + channels; column < tiling_.columns; column += channels) {
-        of_g_[column] = of_g_[c];
-        of_x_[column] = of_x_[c];
-        constant_[column] = constant_[c];
-      }
-    }
   }
 
  private:
   const Tiling& tiling_;
   const S* stats_;
-  ChannelVector weight_, bias_, dweight_, dbias_;
-  ColumnParams<T> params_;
-  S *of_g_, *of_x_, *constant_;
+  ChannelVector dweight_, dbias_;
+  ParamTable<T>& params_;
+  Which which_;
   double* sum_;
 };
-
-// A gradient that may not be wanted: a tensor, or one of no elements.
-inline Tensor wanted_like(bool wanted, const Tensor& x) {
-  return wanted ? uninitialized_like(x) : empty_vector(0, x.scalar_type(), x);
-}
-
-inline Tensor wanted_parameter_gradient(bool wanted, const OptionalTensor& weight, const Tensor& stats) {
-  const int64_t channels = stats.size(1);
-  return empty_vector(wanted ? channels : 0, weight ? weight->scalar_type() : stats.scalar_type(), stats);
-}
 
 }  // namespace fusedres::cpu

@@ -9,24 +9,6 @@
 namespace fusedres::cpu {
 namespace {
 
-template <class V>
-struct AffineVec {
-  V mean, scale, shift;
-};
-
-template <class T>
-struct Types {
-  using Scalar = typename Compute<T>::Scalar;
-  using Vec = typename Compute<T>::Vec;
-  using Params = AffineVec<Vec>;
-  static FUSEDRES_INLINE Params columns(const Affine<Scalar>& a, int64_t c) {
-    return {load(a.mean + c), load(a.scale + c), load(a.shift + c)};
-  }
-  static FUSEDRES_INLINE Params channel(const Affine<Scalar>& a, int64_t c) {
-    return {broadcast(a.mean[c]), broadcast(a.scale[c]), broadcast(a.shift[c])};
-  }
-};
-
 // ---- statistics ----
 
 // Sums of x - shift and of its square. The shift is the mean of a few samples of the range itself, which bounds the
@@ -35,16 +17,15 @@ template <class T>
 struct Deviations {
   using Scalar = typename Compute<T>::Scalar;
   using Vec = typename Compute<T>::Vec;
+  static constexpr int kSlots = 1;
   static constexpr int kSums = 2;
   static constexpr int64_t kTile = 16;  // short: eager's sums are in double, and so nearly exact
+  const Scalar* params;                 // the shift
   const T* x;
-  const Scalar* shift;
 
-  FUSEDRES_INLINE Vec column_params(int64_t c) const { return load(shift + c); }
-  FUSEDRES_INLINE Vec channel_params(int64_t c) const { return broadcast(shift[c]); }
-  template <bool kFull>
-  FUSEDRES_INLINE void accumulate(Vec p, Vec* s, int64_t i, int64_t, int n) const {
-    Vec d = get<kFull>(x + i, n) - p;
+  template <bool kFull, class P>
+  FUSEDRES_INLINE void accumulate(const P& p, Vec* s, int64_t i, int64_t, int n) const {
+    Vec d = get<kFull>(x + i, n) - p[0];
     if constexpr (!kFull) d = keep(first_lanes(n, d), d);
     s[0] = s[0] + d;
     s[1] = fma(d, d, s[1]);
@@ -103,7 +84,7 @@ void statistics_rows(const T* x, const Rows& rows, const Range& range, double* m
       mean[c] = m2[c] = 0.0;
     }
     double* const sums[] = {mean, m2};
-    reduce_rows<2 * kTogether<Scalar>>(Deviations<T>{x, shift - chunk}, rows, range.begin, range.end, chunk, end, sums);
+    reduce_rows<2 * kTogether<Scalar>>(Deviations<T>{shift - chunk, x}, rows, range.begin, range.end, chunk, end, sums);
     for (int64_t c = chunk; c < end; ++c) {
       const bool in_tail = range.end > rows.count && c >= rows.tail;
       const double count = static_cast<double>(height - (in_tail ? 1 : 0));
@@ -142,7 +123,7 @@ void statistics_planes(const T* x, const Planes& planes, const Range& range, dou
       mean[c] = m2[c] = 0.0;
     }
     double* const sums[] = {mean, m2};
-    reduce_planes(Deviations<T>{x, shift - group}, planes, range.begin, range.end, group, end, sums);
+    reduce_planes(Deviations<T>{shift - group, x}, planes, range.begin, range.end, group, end, sums);
     for (int64_t c = group; c < end; ++c) {
       finish_statistics(c, static_cast<double>(count), shift[c - group], mean[c], m2[c], [&](int64_t channel) {
         double s = 0.0, q = 0.0;
@@ -164,37 +145,29 @@ enum class Addend { none, residual, normalised };
 
 template <class T, Addend kAddend, bool kRelu, bool kMask, bool kStream>
 struct Forward {
+  using Scalar = typename Compute<T>::Scalar;
   using Vec = typename Compute<T>::Vec;
-  const ForwardArgs<T>& a;
+  using Slot = Slots<kAddend == Addend::normalised>;
+  using Element = T;
+  static constexpr int kSlots = Slot::forward;
+  static constexpr int kOutputs = 1;
+  static constexpr bool kStreams = kStream;
+  const ForwardArgs<T> a;
+  const Scalar* params = a.params;
+  const Outputs<T, 1> outputs{a.out};
 
-  struct Params {
-    AffineVec<Vec> bn, bn2;
-  };
-  FUSEDRES_INLINE Params column_params(int64_t c) const {
-    Params p;
-    p.bn = Types<T>::columns(a.bn, c);
-    if constexpr (kAddend == Addend::normalised) p.bn2 = Types<T>::columns(a.bn2, c);
-    return p;
-  }
-  FUSEDRES_INLINE Params channel_params(int64_t c) const {
-    Params p;
-    p.bn = Types<T>::channel(a.bn, c);
-    if constexpr (kAddend == Addend::normalised) p.bn2 = Types<T>::channel(a.bn2, c);
-    return p;
-  }
-  template <bool kFull>
-  FUSEDRES_INLINE void map(const Params& p, int64_t i, int64_t word, int n) const {
-    Vec y = fma(get<kFull>(a.x + i, n) - p.bn.mean, p.bn.scale, p.bn.shift);
+  template <bool kFull, class P>
+  FUSEDRES_INLINE Values<Vec, 1> map(const P& p, int64_t i, int64_t word, int n) const {
+    Vec y = p[Slot::shift];
+    if constexpr (kAddend == Addend::normalised) y = fma(get<kFull>(a.x2 + i, n) - p[Slot::mean2], p[Slot::scale2], y);
+    y = fma(get<kFull>(a.x + i, n) - p[Slot::mean], p[Slot::scale], y);
     if constexpr (kAddend == Addend::residual) y = y + get<kFull>(a.residual + i, n);
-    if constexpr (kAddend == Addend::normalised) {
-      y = y + fma(get<kFull>(a.x2 + i, n) - p.bn2.mean, p.bn2.scale, p.bn2.shift);
-    }
     if constexpr (kRelu) {
       const auto m = positive<T>(y);
       y = keep(m, y);
       if constexpr (kMask) a.mask[word] = kFull ? bits(m) : bits(m) & ((1u << n) - 1);
     }
-    put<kFull, kStream>(a.out + i, y, n);
+    return {y};
   }
 };
 
@@ -229,119 +202,72 @@ void forward_planes(const ForwardArgs<T>& a, const Planes& planes, const Range& 
 
 // ---- backward ----
 
-// The gradient that reaches the normalisation: dy where the ReLU was open.
-template <class T, ReluMask kRelu, bool kPair, bool kFull, class Vec>
-FUSEDRES_INLINE Vec masked_gradient(
-    const BackwardArgs<T>& a,
-    const AffineVec<Vec>& bn,
-    const AffineVec<Vec>& bn2,
-    Vec centred,
-    Vec centred2,
-    int64_t i,
-    int64_t word,
-    int n) {
-  const Vec dy = get<kFull>(a.dy + i, n);
-  if constexpr (kRelu == ReluMask::stored) {
-    return keep(mask_from_bits(a.mask[word], dy), dy);
-  } else if constexpr (kRelu == ReluMask::recomputed) {
-    Vec y = fma(centred, bn.scale, bn.shift);
-    if constexpr (kPair) y = y + fma(centred2, bn2.scale, bn2.shift);
-    return keep(positive<T>(y), dy);
-  } else {
-    return dy;
+// One vector of the inputs of a backward pass: the gradient that reaches the normalisation, which is dy where the ReLU
+// was open, and the centred x.
+template <class T, ReluMask kRelu, bool kPair, bool kFull>
+struct Incoming {
+  using Vec = typename Compute<T>::Vec;
+  using Slot = Slots<kPair>;
+  Vec centred, centred2, g;
+
+  template <class P>
+  FUSEDRES_INLINE Incoming(const BackwardArgs<T>& a, const P& p, int64_t i, int64_t word, int n) {
+    centred = centred2 = get<kFull>(a.x + i, n) - p[Slot::mean];
+    if constexpr (kPair) centred2 = get<kFull>(a.x2 + i, n) - p[Slot::mean2];
+    g = get<kFull>(a.dy + i, n);  // lanes past the end are zero and add nothing
+    if constexpr (kRelu == ReluMask::stored) {
+      g = keep(mask_from_bits(a.mask[word], g), g);
+    } else if constexpr (kRelu == ReluMask::recomputed) {
+      Vec y = p[Slot::shift];
+      if constexpr (kPair) y = fma(centred2, p[Slot::scale2], y);
+      g = keep(positive<T>(fma(centred, p[Slot::scale], y)), g);
+    }
   }
-}
+};
 
 template <class T, ReluMask kRelu, bool kPair>
 struct Reduce {
   using Scalar = typename Compute<T>::Scalar;
   using Vec = typename Compute<T>::Vec;
+  static constexpr int kSlots = Slots<kPair>::backward;
   static constexpr int kSums = kPair ? 3 : 2;
-  static constexpr int64_t kTile = 64;
-  const BackwardArgs<T>& a;
+  static constexpr int64_t kTile = kTogether<Scalar> > 1 ? 64 : 16;  // chains of 16 roundings
+  const BackwardArgs<T> a;
+  const Scalar* params = a.params;
 
-  struct Params {
-    AffineVec<Vec> bn, bn2;
-  };
-  FUSEDRES_INLINE Params column_params(int64_t c) const {
-    Params p;
-    p.bn = Types<T>::columns(a.bn, c);
-    if constexpr (kPair) p.bn2 = Types<T>::columns(a.bn2, c);
-    return p;
-  }
-  FUSEDRES_INLINE Params channel_params(int64_t c) const {
-    Params p;
-    p.bn = Types<T>::channel(a.bn, c);
-    if constexpr (kPair) p.bn2 = Types<T>::channel(a.bn2, c);
-    return p;
-  }
-  template <bool kFull>
-  FUSEDRES_INLINE void accumulate(const Params& p, Vec* s, int64_t i, int64_t word, int n) const {
-    const Vec centred = get<kFull>(a.x + i, n) - p.bn.mean;
-    Vec centred2 = centred;
-    if constexpr (kPair) centred2 = get<kFull>(a.x2 + i, n) - p.bn2.mean;
-    // Lanes past the end have dy = 0 and add nothing.
-    const Vec g = masked_gradient<T, kRelu, kPair, kFull>(a, p.bn, p.bn2, centred, centred2, i, word, n);
-    s[0] = s[0] + g;
-    s[1] = fma(g, centred, s[1]);
-    if constexpr (kPair) s[2] = fma(g, centred2, s[2]);
+  template <bool kFull, class P>
+  FUSEDRES_INLINE void accumulate(const P& p, Vec* s, int64_t i, int64_t word, int n) const {
+    const Incoming<T, kRelu, kPair, kFull> in(a, p, i, word, n);
+    s[0] = s[0] + in.g;
+    s[1] = fma(in.g, in.centred, s[1]);
+    if constexpr (kPair) s[2] = fma(in.g, in.centred2, s[2]);
   }
 };
 
-// kUsesX: false in evaluation, where dx = g * of_g whatever x is; it is then not read, unless for the mask.
+// kUsesX: false in evaluation, where dx = g * scale whatever x is; it is then not read, unless for the mask.
 template <class T, ReluMask kRelu, bool kPair, bool kUsesX, bool kStream>
 struct Backward {
+  using Scalar = typename Compute<T>::Scalar;
   using Vec = typename Compute<T>::Vec;
-  const BackwardArgs<T>& a;
+  using Slot = Slots<kPair>;
+  using Element = T;
+  static constexpr int kSlots = Slot::backward;
+  static constexpr int kOutputs = 2;
+  static constexpr bool kStreams = kStream;
+  const BackwardArgs<T> a;
+  const Scalar* params = a.params;
+  const Outputs<T, 2> outputs{a.dx, kPair ? a.dx2 : a.dresidual};
 
-  struct Params {
-    AffineVec<Vec> bn, bn2;
-    Vec of_g, of_x, constant, of_g2, of_x2, constant2;
-  };
-  FUSEDRES_INLINE Params column_params(int64_t c) const {
-    Params p;
-    p.bn = Types<T>::columns(a.bn, c);
-    p.of_g = load(a.gradient.of_g + c);
-    p.of_x = load(a.gradient.of_x + c);
-    p.constant = load(a.gradient.constant + c);
-    if constexpr (kPair) {
-      p.bn2 = Types<T>::columns(a.bn2, c);
-      p.of_g2 = load(a.gradient2.of_g + c);
-      p.of_x2 = load(a.gradient2.of_x + c);
-      p.constant2 = load(a.gradient2.constant + c);
-    }
-    return p;
+  static FUSEDRES_INLINE Vec gradient(bool uses_x, Vec g, Vec scale, Vec of_x, Vec centred, Vec constant) {
+    if (kUsesX && (!kPair || uses_x)) return fma(scale, g, fma(of_x, centred, constant));
+    return scale * g;
   }
-  FUSEDRES_INLINE Params channel_params(int64_t c) const {
-    Params p;
-    p.bn = Types<T>::channel(a.bn, c);
-    p.of_g = broadcast(a.gradient.of_g[c]);
-    p.of_x = broadcast(a.gradient.of_x[c]);
-    p.constant = broadcast(a.gradient.constant[c]);
-    if constexpr (kPair) {
-      p.bn2 = Types<T>::channel(a.bn2, c);
-      p.of_g2 = broadcast(a.gradient2.of_g[c]);
-      p.of_x2 = broadcast(a.gradient2.of_x[c]);
-      p.constant2 = broadcast(a.gradient2.constant[c]);
-    }
-    return p;
-  }
-  static FUSEDRES_INLINE Vec gradient(bool uses_x, Vec g, Vec of_g, Vec of_x, Vec centred, Vec constant) {
-    if (kUsesX && (!kPair || uses_x)) return fma(of_g, g, fma(of_x, centred, constant));
-    return of_g * g;
-  }
-  template <bool kFull>
-  FUSEDRES_INLINE void map(const Params& p, int64_t i, int64_t word, int n) const {
-    const Vec centred = get<kFull>(a.x + i, n) - p.bn.mean;
-    Vec centred2 = centred;
-    if constexpr (kPair) centred2 = get<kFull>(a.x2 + i, n) - p.bn2.mean;
-    const Vec g = masked_gradient<T, kRelu, kPair, kFull>(a, p.bn, p.bn2, centred, centred2, i, word, n);
-    if (a.dx) put<kFull, kStream>(a.dx + i, gradient(a.uses_x, g, p.of_g, p.of_x, centred, p.constant), n);
-    if constexpr (kPair) {
-      if (a.dx2) put<kFull, kStream>(a.dx2 + i, gradient(a.uses_x2, g, p.of_g2, p.of_x2, centred2, p.constant2), n);
-    } else {
-      if (a.dresidual) put<kFull, kStream>(a.dresidual + i, g, n);
-    }
+  template <bool kFull, class P>
+  FUSEDRES_INLINE Values<Vec, 2> map(const P& p, int64_t i, int64_t word, int n) const {
+    const Incoming<T, kRelu, kPair, kFull> in(a, p, i, word, n);
+    const Vec dx = gradient(a.uses_x, in.g, p[Slot::scale], p[Slot::of_x], in.centred, p[Slot::constant]);
+    if constexpr (!kPair) return {dx, in.g};
+    return {dx, gradient(a.uses_x2, in.g, p[Slot::scale2], p[Slot::of_x2], in.centred2, p[Slot::constant2])};
   }
 };
 
@@ -525,16 +451,7 @@ void run_backward(
     });
     return;
   }
-  if (reduce) {
-    const int64_t pieces =
-        tiling.blocks >= 2 * threads() ? 1 : std::min<int64_t>(2 * threads(), ceil_div(tiling.columns, 64));
-    const int64_t width = ceil_div(ceil_div(tiling.columns, pieces), kLanes) * kLanes;
-    const int64_t used = ceil_div(tiling.columns, width);
-    for_each_task(tiling.blocks * used, tiling.layout.numel(), [&](int64_t task) {
-      const auto [c0, c1] = columns_of(task % used, width, tiling.columns);
-      reduce_block(task / used, c0, c1);
-    });
-  }
+  if (reduce) for_each_block(tiling, reduce_block);
   for (int64_t i = 0; i < count; ++i) norms[i]->finish(sum_g, reduce, 0, tiling.layout.channels);
   if (apply) for_each_piece_backwards(tiling, walk);
 }
@@ -563,11 +480,13 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_cpu(
   Tensor mask = empty_vector(save_mask ? mask_bytes(layout) : 0, ScalarType::Byte, x);
   const Tiling tiling(layout);
   dispatch(x.scalar_type(), [&]<class T>(T*) {
-    Scratch& scratch = Scratch::with(Norm<T>::scratch_bytes(tiling));
-    Norm<T> norm(arguments, data<T>(x), tiling, stats, scratch);
+    Scratch& scratch =
+        Scratch::with(ParamTable<T>::bytes(tiling, false, Direction::forward) + Norm<T>::scratch_bytes(tiling));
+    ParamTable<T> params(scratch, tiling, false, Direction::forward);
+    Norm<T> norm(arguments, data<T>(x), tiling, stats, params, scratch);
     ForwardArgs<T> args{};
+    args.params = params.data();
     args.x = data<T>(x);
-    args.bn = norm.affine();
     args.residual = data<T>(residual);
     args.out = data<T>(out);
     args.mask = save_mask ? data<uint16_t>(mask) : nullptr;
@@ -595,7 +514,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_cpu(
   check_same_layout("dy", dy, x);
   check_channel_vectors({&weight, &bias}, x, layout.channels);
   check_statistics(stats, x, layout.channels);
-  if (mask) check_mask(*mask, mask_bytes(layout));
+  if (mask) check_mask(*mask, x, mask_bytes(layout));
   Tensor dx = wanted_like(need_dx, x);
   Tensor dresidual = wanted_like(need_dresidual, x);
   Tensor dweight = wanted_parameter_gradient(need_affine, weight, stats);
@@ -603,7 +522,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_cpu(
   const Tiling tiling(layout);
   dispatch(x.scalar_type(), [&]<class T>(T*) {
     const int64_t sums = tiling.columns * tiling.blocks;
-    Scratch& scratch = Scratch::with(NormBackward<T>::scratch_bytes(tiling) + sizeof(double) * sums);
+    Scratch& scratch = Scratch::with(
+        ParamTable<T>::bytes(tiling, false, Direction::backward) + NormBackward<T>::scratch_bytes(tiling) +
+        sizeof(double) * sums);
+    ParamTable<T> params(scratch, tiling, false, Direction::backward);
     NormBackward<T> norm(
         stats,
         weight,
@@ -612,15 +534,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_cpu(
         tiling,
         need_affine ? OptionalTensor(dweight) : OptionalTensor(),
         need_affine ? OptionalTensor(dbias) : OptionalTensor(),
+        params,
         scratch);
-    norm.prepare();
     BackwardArgs<T> args{};
+    args.params = params.data();
     args.dy = data<T>(dy);
     args.x = data<T>(x);
-    args.bn = norm.affine();
     args.mask = data<uint16_t>(mask);
     args.relu = !relu ? ReluMask::none : args.mask ? ReluMask::stored : ReluMask::recomputed;
-    args.gradient = norm.gradient();
     args.dx = need_dx ? data<T>(dx) : nullptr;
     args.dresidual = need_dresidual ? data<T>(dresidual) : nullptr;
     args.uses_x = training;
@@ -663,14 +584,15 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_add_batch_norm_act_cpu(
   Tensor stats2 = empty_statistics(layout, x);
   const Tiling tiling(layout);
   dispatch(x.scalar_type(), [&]<class T>(T*) {
-    Scratch& scratch = Scratch::with(2 * Norm<T>::scratch_bytes(tiling));
-    Norm<T> norm(first, data<T>(x), tiling, stats, scratch);
-    Norm<T> norm2(second, data<T>(x2), tiling, stats2, scratch);
+    Scratch& scratch =
+        Scratch::with(ParamTable<T>::bytes(tiling, true, Direction::forward) + 2 * Norm<T>::scratch_bytes(tiling));
+    ParamTable<T> params(scratch, tiling, true, Direction::forward);
+    Norm<T> norm(first, data<T>(x), tiling, stats, params, scratch);
+    Norm<T> norm2(second, data<T>(x2), tiling, stats2, params, scratch, Which::second);
     ForwardArgs<T> args{};
+    args.params = params.data();
     args.x = data<T>(x);
-    args.bn = norm.affine();
     args.x2 = data<T>(x2);
-    args.bn2 = norm2.affine();
     args.out = data<T>(out);
     args.relu = relu;
     args.stream = layout.channels_last && streams<T>(layout.numel());
@@ -714,9 +636,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_batch_
   const Tiling tiling(layout);
   dispatch(x.scalar_type(), [&]<class T>(T*) {
     const int64_t sums = tiling.columns * tiling.blocks;
-    Scratch& scratch = Scratch::with(2 * NormBackward<T>::scratch_bytes(tiling) + sizeof(double) * sums);
+    Scratch& scratch = Scratch::with(
+        ParamTable<T>::bytes(tiling, true, Direction::backward) + 2 * NormBackward<T>::scratch_bytes(tiling) +
+        sizeof(double) * sums);
+    ParamTable<T> params(scratch, tiling, true, Direction::backward);
     NormBackward<T> norm(
-        stats, weight, bias, training, tiling, if_wanted(need_affine, dweight), if_wanted(need_affine, dbias), scratch);
+        stats,
+        weight,
+        bias,
+        training,
+        tiling,
+        if_wanted(need_affine, dweight),
+        if_wanted(need_affine, dbias),
+        params,
+        scratch);
     NormBackward<T> norm2(
         stats2,
         weight2,
@@ -725,18 +658,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_batch_
         tiling,
         if_wanted(need_affine2, dweight2),
         if_wanted(need_affine2, dbias2),
-        scratch);
-    norm.prepare();
-    norm2.prepare();
+        params,
+        scratch,
+        Which::second);
     BackwardArgs<T> args{};
+    args.params = params.data();
     args.dy = data<T>(dy);
     args.x = data<T>(x);
-    args.bn = norm.affine();
     args.x2 = data<T>(x2);
-    args.bn2 = norm2.affine();
     args.relu = relu ? ReluMask::recomputed : ReluMask::none;
-    args.gradient = norm.gradient();
-    args.gradient2 = norm2.gradient();
     args.dx = need_dx ? data<T>(dx) : nullptr;
     args.dx2 = need_dx2 ? data<T>(dx2) : nullptr;
     args.uses_x = training;

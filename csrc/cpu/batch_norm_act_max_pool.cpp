@@ -31,6 +31,18 @@ FUSEDRES_INLINE V stored_as(const T*, V v) {
   return load(rounded);
 }
 
+using Slot = Slots<false>;
+
+// Of the channels [c, c + kLanes), and of channel c.
+template <class T>
+FUSEDRES_INLINE auto columns(const PoolArgs<T>& a, int64_t c) {
+  return column_params<Slot::backward>(a.params, c);
+}
+template <class T>
+FUSEDRES_INLINE auto channel(const PoolArgs<T>& a, int64_t c) {
+  return channel_params<Slot::backward>(a.params, c);
+}
+
 FUSEDRES_INLINE int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // First kernel position inside the input and the one after the last, for a window that starts at `start` (may be < 0).
@@ -52,7 +64,7 @@ class RowRing {
  public:
   using S = ScalarFor<T>;
 
-  FUSEDRES_INLINE RowRing(const PoolArgs<T>& a, const Pooling& p, S* memory)
+  FUSEDRES_INLINE RowRing(PoolArgs<T> a, Pooling p, S* memory)
       : a_(a), p_(p), channels_(padded(p.channels)), memory_(memory) {}
 
   // y of a row that has been filled; x - mean is `centred_offset()` further on.
@@ -79,13 +91,14 @@ class RowRing {
   }
   template <class V>
   FUSEDRES_INLINE void normalise(int64_t c, V x, S* y) const {
-    const V centred = x - load(a_.bn.mean + c);
-    store(y, stored_as(a_.x, fma(centred, load(a_.bn.scale + c), load(a_.bn.shift + c))));
+    const auto p = columns(a_, c);
+    const V centred = x - p[Slot::mean];
+    store(y, stored_as(a_.x, fma(centred, p[Slot::scale], p[Slot::shift])));
     if constexpr (kCentred) store(y + centred_offset(), centred);
   }
 
-  const PoolArgs<T>& a_;
-  const Pooling& p_;
+  const PoolArgs<T> a_;
+  const Pooling p_;
   const int64_t channels_;
   S* const memory_;
   int64_t image_ = -1;
@@ -93,7 +106,7 @@ class RowRing {
 };
 
 template <class T>
-void forward_rows(const PoolArgs<T>& a, const Pooling& p, int64_t begin, int64_t end, ScalarFor<T>* scratch) {
+void forward_rows(PoolArgs<T> a, Pooling p, int64_t begin, int64_t end, ScalarFor<T>* scratch) {
   using S = ScalarFor<T>;
   RowRing<T, false> ring(a, p, scratch);
   const int64_t channels = ring.channels();
@@ -129,13 +142,7 @@ void forward_rows(const PoolArgs<T>& a, const Pooling& p, int64_t begin, int64_t
 
 template <class T>
 void winners_rows(
-    const PoolArgs<T>& a,
-    const Pooling& p,
-    int64_t begin,
-    int64_t end,
-    ScalarFor<T>* scratch,
-    double* sum_g,
-    double* sum_gx) {
+    PoolArgs<T> a, Pooling p, int64_t begin, int64_t end, ScalarFor<T>* scratch, double* sum_g, double* sum_gx) {
   using S = ScalarFor<T>;
   RowRing<T, true> ring(a, p, scratch);
   const int64_t channels = ring.channels();
@@ -208,8 +215,8 @@ FUSEDRES_INLINE void for_each_window(
 
 template <class T, bool kFull, bool kStream>
 FUSEDRES_INLINE void backward_pixel(
-    const PoolArgs<T>& a,
-    const Pooling& p,
+    PoolArgs<T> a,
+    Pooling p,
     int64_t i,
     int64_t c,
     const int64_t* positions,
@@ -228,17 +235,17 @@ FUSEDRES_INLINE void backward_pixel(
       g = g + keep(bytes_equal(winners, offsets[k], g), load_n(a.dy + o, lanes));
     }
   }
-  auto dx = g * load(a.gradient.of_g + c);
+  const auto of = columns(a, c);
+  auto dx = g * of[Slot::scale];
   if (a.uses_x) {
-    const auto centred = get<kFull>(a.x + i + c, lanes) - load(a.bn.mean + c);
-    const auto inner = fma(load(a.gradient.of_x + c), centred, load(a.gradient.constant + c));
-    dx = fma(load(a.gradient.of_g + c), g, inner);
+    const auto centred = get<kFull>(a.x + i + c, lanes) - of[Slot::mean];
+    dx = fma(of[Slot::scale], g, fma(of[Slot::of_x], centred, of[Slot::constant]));
   }
   put<kFull, kStream>(a.dx + i + c, dx, lanes);
 }
 
 template <class T, bool kStream>
-FUSEDRES_INLINE void backward_rows_to(const PoolArgs<T>& a, const Pooling& p, int64_t begin, int64_t end) {
+FUSEDRES_INLINE void backward_rows_to(PoolArgs<T> a, Pooling p, int64_t begin, int64_t end) {
   // A pixel lies in at most one window per kernel position.
   int64_t positions[kNoWinner];
   uint8_t offsets[kNoWinner];
@@ -267,7 +274,7 @@ FUSEDRES_INLINE void backward_rows_to(const PoolArgs<T>& a, const Pooling& p, in
 }
 
 template <class T>
-void backward_rows(const PoolArgs<T>& a, const Pooling& p, int64_t begin, int64_t end) {
+void backward_rows(PoolArgs<T> a, Pooling p, int64_t begin, int64_t end) {
   a.stream ? backward_rows_to<T, true>(a, p, begin, end) : backward_rows_to<T, false>(a, p, begin, end);
   finish_streams(a.stream);
 }
@@ -281,7 +288,7 @@ class PlaneRing {
  public:
   using S = ScalarFor<T>;
 
-  FUSEDRES_INLINE PlaneRing(const PoolArgs<T>& a, const Pooling& p, S* memory)
+  FUSEDRES_INLINE PlaneRing(PoolArgs<T> a, Pooling p, S* memory)
       : a_(a), p_(p), length_(p.row_length()), memory_(memory), unsplit_(memory + 2 * p.span_h() * length_) {
     for (int64_t i = 0; i < p.span_h() * length_; ++i) {
       memory_[i] = -S(INFINITY);
@@ -302,16 +309,13 @@ class PlaneRing {
 
  private:
   FUSEDRES_INLINE void fill(int64_t ih) {
-    const int64_t c = plane_ % p_.channels;
-    const auto mean = broadcast(a_.bn.mean[c]);
-    const auto scale = broadcast(a_.bn.scale[c]);
-    const auto shift = broadcast(a_.bn.shift[c]);
+    const auto p = channel(a_, plane_ % p_.channels);
     const T* x = a_.x + (plane_ * p_.height + ih) * p_.width;
     S* centred_unsplit = unsplit_ + padded(p_.width);
     for (int64_t iw = 0; iw < p_.width; iw += kLanes) {
       const auto v = iw + kLanes <= p_.width ? load(x + iw) : load_n(x + iw, static_cast<int>(p_.width - iw));
-      const auto centred = v - mean;
-      store(unsplit_ + iw, stored_as(a_.x, fma(centred, scale, shift)));
+      const auto centred = v - p[Slot::mean];
+      store(unsplit_ + iw, stored_as(a_.x, fma(centred, p[Slot::scale], p[Slot::shift])));
       store(centred_unsplit + iw, centred);
     }
     S* y = memory_ + (ih % p_.span_h()) * length_ + p_.part_margin();
@@ -333,8 +337,8 @@ class PlaneRing {
     }
   }
 
-  const PoolArgs<T>& a_;
-  const Pooling& p_;
+  const PoolArgs<T> a_;
+  const Pooling p_;
   const int64_t length_;
   S* const memory_;
   S* const unsplit_;
@@ -343,7 +347,7 @@ class PlaneRing {
 };
 
 template <class T>
-void forward_planes(const PoolArgs<T>& a, const Pooling& p, int64_t begin, int64_t end, ScalarFor<T>* scratch) {
+void forward_planes(PoolArgs<T> a, Pooling p, int64_t begin, int64_t end, ScalarFor<T>* scratch) {
   using S = ScalarFor<T>;
   PlaneRing<T> ring(a, p, scratch);
   const S* lines[kNoWinner];   // the window's rows
@@ -377,13 +381,7 @@ void forward_planes(const PoolArgs<T>& a, const Pooling& p, int64_t begin, int64
 
 template <class T>
 void winners_planes(
-    const PoolArgs<T>& a,
-    const Pooling& p,
-    int64_t begin,
-    int64_t end,
-    ScalarFor<T>* scratch,
-    double* sum_g,
-    double* sum_gx) {
+    PoolArgs<T> a, Pooling p, int64_t begin, int64_t end, ScalarFor<T>* scratch, double* sum_g, double* sum_gx) {
   using S = ScalarFor<T>;
   PlaneRing<T> ring(a, p, scratch);
   const int64_t centred = ring.centred_offset();
@@ -448,7 +446,7 @@ void winners_planes(
 }
 
 template <class T>
-void backward_planes(const PoolArgs<T>& a, const Pooling& p, int64_t begin, int64_t end, ScalarFor<T>* scratch) {
+void backward_planes(PoolArgs<T> a, Pooling p, int64_t begin, int64_t end, ScalarFor<T>* scratch) {
   using S = ScalarFor<T>;
   const int64_t area = p.height * p.width;
   S* g = scratch;
@@ -471,15 +469,12 @@ void backward_planes(const PoolArgs<T>& a, const Pooling& p, int64_t begin, int6
         g[(oh * p.stride_h - p.pad_h) * p.width + ow * p.stride_w - p.pad_w + offsets[k]] += dy[ow];
       }
     }
-    const int64_t c = plane % p.channels;
-    const auto mean = broadcast(a.bn.mean[c]);
-    const auto of_g = broadcast(a.gradient.of_g[c]);
-    const auto of_x = broadcast(a.gradient.of_x[c]);
-    const auto constant = broadcast(a.gradient.constant[c]);
+    const auto of = channel(a, plane % p.channels);
     const T* x = a.x + plane * area;
     T* dx = a.dx + plane * area;
     const auto gradient = [&](auto gradient_of_y, auto value) {
-      return a.uses_x ? fma(of_g, gradient_of_y, fma(of_x, value - mean, constant)) : of_g * gradient_of_y;
+      if (!a.uses_x) return of[Slot::scale] * gradient_of_y;
+      return fma(of[Slot::scale], gradient_of_y, fma(of[Slot::of_x], value - of[Slot::mean], of[Slot::constant]));
     };
     const int64_t full = area / kLanes * kLanes;
     for (int64_t i = 0; i < full; i += kLanes) store(dx + i, gradient(load(g + i), load(x + i)));
@@ -518,6 +513,7 @@ template const MaxPoolKernels<half>& max_pool_kernels<half>();
 #else  // drivers and registration
 
 #include "batch_norm.h"
+#include "common/max_pool.h"
 
 namespace fusedres::cpu {
 namespace {
@@ -525,65 +521,6 @@ namespace {
 template <class T>
 const MaxPoolKernels<T>& max_pool_kernels() {
   FUSEDRES_RETURN_FOR_THIS_CPU(max_pool_kernels<T>());
-}
-
-using Ints = std::vector<int64_t>;
-
-int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation, bool ceil_mode) {
-  const int64_t span = size + 2 * pad - dilation * (kernel - 1) - 1;
-  STD_TORCH_CHECK(span >= 0 || ceil_mode, "x is too small for kernel_size");
-  int64_t steps = ceil_mode ? ceil_div(span, stride) : span / stride;
-  // The last window must start inside the input or its left padding.
-  if (ceil_mode && steps * stride >= size + pad) --steps;
-  STD_TORCH_CHECK(steps >= 0, "x is too small for kernel_size");
-  return steps + 1;
-}
-
-Pooling pooling_of(
-    const Layout4d& layout,
-    const Ints& kernel,
-    const Ints& stride,
-    const Ints& pad,
-    const Ints& dilation,
-    bool ceil_mode) {
-  for (const Ints* pair : {&kernel, &stride, &pad, &dilation})
-    STD_TORCH_CHECK(pair->size() == 2, "windows have two sizes");
-  for (int d = 0; d < 2; ++d) {
-    STD_TORCH_CHECK(
-        kernel[d] > 0 && stride[d] > 0 && dilation[d] > 0, "kernel_size, stride and dilation must be positive");
-    STD_TORCH_CHECK(
-        pad[d] >= 0 && pad[d] <= ((kernel[d] - 1) * dilation[d] + 1) / 2, "padding must be at most half of the window");
-  }
-  STD_TORCH_CHECK(
-      kernel[0] <= kNoWinner && kernel[1] <= kNoWinner && kernel[0] * kernel[1] <= kNoWinner,
-      "windows of more than 255 elements are not supported");
-  STD_TORCH_CHECK(
-      layout.height >= dilation[0] && layout.width >= dilation[1], "windows may not lie in the padding altogether");
-  Pooling p{
-      layout.batch,
-      layout.channels,
-      layout.height,
-      layout.width,
-      0,
-      0,
-      kernel[0],
-      kernel[1],
-      stride[0],
-      stride[1],
-      pad[0],
-      pad[1],
-      dilation[0],
-      dilation[1]};
-  p.out_height = pooled_size(p.height, p.kernel_h, p.stride_h, p.pad_h, p.dilation_h, ceil_mode);
-  p.out_width = pooled_size(p.width, p.kernel_w, p.stride_w, p.pad_w, p.dilation_w, ceil_mode);
-  // With one output the stride does not matter, and a huge one would make huge rings.
-  if (p.out_height == 1) p.stride_h = 1;
-  if (p.out_width == 1) p.stride_w = 1;
-  return p;
-}
-
-Layout4d pooled_layout(const Layout4d& layout, const Pooling& p) {
-  return {layout.batch, layout.channels, p.out_height, p.out_width, layout.channels_last};
 }
 
 // Output rows of a task of the channels_last kernels: enough to hide the rows that it normalises twice.
@@ -610,23 +547,24 @@ std::tuple<Tensor, Tensor> batch_norm_act_max_pool_cpu(
   const Layout4d layout = layout_of(x);
   const NormArguments arguments{weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps};
   check_norm(arguments, x, layout);
-  const Pooling p = pooling_of(layout, kernel, stride, pad, dilation, ceil_mode);
+  const Pooling p{pooling_of(layout, kernel, stride, pad, dilation, ceil_mode)};
   const Layout4d pooled = pooled_layout(layout, p);
-  const int64_t sizes[] = {pooled.batch, pooled.channels, pooled.height, pooled.width};
-  Tensor out = empty_strided(sizes, pooled.strides().data(), 4, x.scalar_type(), x);
+  Tensor out = empty_pooled(pooled, x);
   Tensor stats = empty_statistics(layout, x);
   const Tiling tiling(layout);
   dispatch(x.scalar_type(), [&]<class T>(T*) {
     using S = typename ScalarOf<T>::type;
-    Scratch& scratch = Scratch::with(Norm<T>::scratch_bytes(tiling));
+    const size_t table = ParamTable<T>::bytes(tiling, false, Direction::backward);
+    Scratch& scratch = Scratch::with(table + Norm<T>::scratch_bytes(tiling));
     const int64_t scalars = scratch_scalars(p, layout.channels_last);
     Scratch::with<Scratch::Task>(scalars * sizeof(S));  // fails, if it does, before the statistics move
-    Norm<T> norm(arguments, data<T>(x), tiling, stats, scratch);
+    ParamTable<T> params(scratch, tiling, false, Direction::backward);
+    Norm<T> norm(arguments, data<T>(x), tiling, stats, params, scratch);
     Norm<T>* norms[] = {&norm};
     all_statistics(tiling, norms, 1);
     PoolArgs<T> args{};
+    args.params = params.data();
     args.x = data<T>(x);
-    args.bn = norm.affine();
     args.relu = relu;
     args.out = data<T>(out);
     const auto& kernels = max_pool_kernels<T>();
@@ -657,14 +595,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_max_pool_backward_cpu(
     bool need_dx,
     bool need_affine) {
   const Layout4d layout = layout_of(x);
-  const Pooling p = pooling_of(layout, kernel, stride, pad, dilation, ceil_mode);
+  const Pooling p{pooling_of(layout, kernel, stride, pad, dilation, ceil_mode)};
   const Layout4d pooled = pooled_layout(layout, p);
-  const Layout4d given = layout_of(dy);
-  const auto strides = pooled.strides();
-  const int64_t sizes[] = {pooled.batch, pooled.channels, pooled.height, pooled.width};
-  bool same = dy.scalar_type() == x.scalar_type() && given.numel() == pooled.numel();
-  for (int d = 0; d < 4; ++d) same = same && dy.size(d) == sizes[d] && (sizes[d] == 1 || dy.stride(d) == strides[d]);
-  STD_TORCH_CHECK(same, "dy must have the shape and strides of the output, and the dtype of x");
+  check_pooled("dy", dy, pooled, x);
   check_channel_vectors({&weight, &bias}, x, layout.channels);
   check_statistics(stats, x, layout.channels);
   Tensor dx = wanted_like(need_dx, x);
@@ -680,8 +613,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_max_pool_backward_cpu(
   dispatch(x.scalar_type(), [&]<class T>(T*) {
     using S = typename ScalarOf<T>::type;
     Scratch& scratch = Scratch::with(
-        NormBackward<T>::scratch_bytes(tiling) +
+        ParamTable<T>::bytes(tiling, false, Direction::backward) + NormBackward<T>::scratch_bytes(tiling) +
         sizeof(double) * (tiling.columns * tiling.blocks + 2 * channels * blocks));
+    ParamTable<T> params(scratch, tiling, false, Direction::backward);
     NormBackward<T> norm(
         stats,
         weight,
@@ -690,18 +624,17 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_max_pool_backward_cpu(
         tiling,
         need_affine ? OptionalTensor(dweight) : OptionalTensor(),
         need_affine ? OptionalTensor(dbias) : OptionalTensor(),
+        params,
         scratch);
-    norm.prepare();
     double* sum_g = scratch.take<double>(tiling.columns * tiling.blocks);
     double* block_sums = scratch.take<double>(2 * channels * blocks);
     std::fill_n(block_sums, 2 * channels * blocks, 0.0);
     PoolArgs<T> args{};
+    args.params = params.data();
     args.x = data<T>(x);
-    args.bn = norm.affine();
     args.relu = relu;
     args.dy = data<T>(dy);
     args.winners = data<uint8_t>(winners);
-    args.gradient = norm.gradient();
     args.dx = need_dx ? data<T>(dx) : nullptr;
     args.uses_x = training;
     args.stream = layout.channels_last && channels % kLanes == 0 && streams<T>(layout.numel());

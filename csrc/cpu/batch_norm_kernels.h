@@ -15,20 +15,18 @@ struct ScalarOf<double> {
   using type = double;
 };
 
-// y = (x - mean) * scale + shift, per column or channel.
-template <class S>
-struct Affine {
-  const S* mean;
-  const S* scale;
-  const S* shift;
-};
-
-// dx = g * of_g + (x - mean) * of_x + constant, per column or channel.
-template <class S>
-struct Gradient {
-  const S* of_g;
-  const S* of_x;
-  const S* constant;
+// What the kernels take per column or channel is in one table: groups of kLanes columns, with a vector of every kind,
+// so that one pointer reaches them all and a walk along the columns reads one stream.
+//
+//   y = (x - mean) * scale + shift          of a pair: (x - mean) * scale + (x2 - mean2) * scale2 + shift
+//   dx = g * scale + (x - mean) * of_x + constant
+//
+// The forward's table ends before of_x.
+template <bool kPair>
+struct Slots {
+  static constexpr int mean = 0, scale = 1, shift = 2, mean2 = 3, scale2 = 4;
+  static constexpr int of_x = kPair ? 5 : 3, constant = of_x + 1, of_x2 = of_x + 2, constant2 = of_x + 3;
+  static constexpr int forward = of_x, backward = kPair ? 9 : 5;
 };
 
 enum class ReluMask { none, recomputed, stored };
@@ -41,11 +39,10 @@ struct Range {
 template <class T>
 struct ForwardArgs {
   using S = typename ScalarOf<T>::type;
+  const S* params;
   const T* x;
-  Affine<S> bn;
   const T* residual;  // or null
   const T* x2;        // or null: a second normalised input
-  Affine<S> bn2;
   T* out;
   uint16_t* mask;  // or null
   bool relu;
@@ -55,19 +52,17 @@ struct ForwardArgs {
 template <class T>
 struct BackwardArgs {
   using S = typename ScalarOf<T>::type;
+  const S* params;
   const T* dy;
   const T* x;
-  Affine<S> bn;
   const T* x2;  // or null
-  Affine<S> bn2;
   const uint16_t* mask;
   ReluMask relu;
   // apply
-  Gradient<S> gradient, gradient2;
   T* dx;                 // or null
   T* dx2;                // or null
   T* dresidual;          // or null
-  bool uses_x, uses_x2;  // false in evaluation, where dx = g * of_g whatever x is
+  bool uses_x, uses_x2;  // false in evaluation, where dx = g * scale whatever x is
   bool stream;
 };
 

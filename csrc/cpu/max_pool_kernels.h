@@ -2,17 +2,12 @@
 #pragma once
 
 #include "batch_norm_kernels.h"
+#include "common/pooling.h"
 
 namespace fusedres::cpu {
 
-constexpr uint8_t kNoWinner = 255;  // the window's activation was cut: it sends no gradient
-
-// Windows as max_pool2d defines them. `rows` and `cols` are how many input rows and columns one window spans.
-struct Pooling {
-  int64_t batch, channels, height, width;  // input
-  int64_t out_height, out_width;           // output
-  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-
+// Windows, and the rows that the kernels keep of them.
+struct Pooling : fusedres::Pooling {
   int64_t span_h() const { return (kernel_h - 1) * dilation_h + 1; }
 
   // The plane kernels keep a row split by column modulo stride, so that the columns that one tap of the windows reads
@@ -35,32 +30,29 @@ struct Pooling {
 template <class T>
 struct PoolArgs {
   using S = typename ScalarOf<T>::type;
+  const S* params;  // the backward's table, in the forward too
   const T* x;
-  Affine<S> bn;
   bool relu;
   T* out;
   const T* dy;
   uint8_t* winners;  // position in the window, of every output element, in the layout of the output
-  Gradient<S> gradient;
   T* dx;
-  bool uses_x;  // false in evaluation, where dx = g * of_g whatever x is
+  bool uses_x;  // false in evaluation, where dx = g * scale whatever x is
   bool stream;
 };
 
 // Rows are output rows (input rows for `backward_rows`), counted through the batch; planes are counted through batch
-// and channels. `scratch` holds `scratch_scalars` values of the compute type.
+// and channels. `scratch` holds `scratch_scalars` values of the compute type. Arguments go by value: see traverse.h.
 template <class T>
 struct MaxPoolKernels {
   using S = typename ScalarOf<T>::type;
-  void (*forward_rows)(const PoolArgs<T>&, const Pooling&, int64_t begin, int64_t end, S* scratch);
-  void (*forward_planes)(const PoolArgs<T>&, const Pooling&, int64_t begin, int64_t end, S* scratch);
+  void (*forward_rows)(PoolArgs<T>, Pooling, int64_t begin, int64_t end, S* scratch);
+  void (*forward_planes)(PoolArgs<T>, Pooling, int64_t begin, int64_t end, S* scratch);
   // Finds the winners and adds sum g and sum g*(x - mean), per channel.
-  void (*winners_rows)(
-      const PoolArgs<T>&, const Pooling&, int64_t begin, int64_t end, S* scratch, double* sum_g, double* sum_gx);
-  void (*winners_planes)(
-      const PoolArgs<T>&, const Pooling&, int64_t begin, int64_t end, S* scratch, double* sum_g, double* sum_gx);
-  void (*backward_rows)(const PoolArgs<T>&, const Pooling&, int64_t begin, int64_t end);
-  void (*backward_planes)(const PoolArgs<T>&, const Pooling&, int64_t begin, int64_t end, S* scratch);
+  void (*winners_rows)(PoolArgs<T>, Pooling, int64_t begin, int64_t end, S* scratch, double* sum_g, double* sum_gx);
+  void (*winners_planes)(PoolArgs<T>, Pooling, int64_t begin, int64_t end, S* scratch, double* sum_g, double* sum_gx);
+  void (*backward_rows)(PoolArgs<T>, Pooling, int64_t begin, int64_t end);
+  void (*backward_planes)(PoolArgs<T>, Pooling, int64_t begin, int64_t end, S* scratch);
 };
 
 // Enough for any of the kernels above.

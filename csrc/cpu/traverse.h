@@ -1,5 +1,9 @@
 // How the element-wise and reducing kernels walk a tensor. A body says what happens to one vector; the walks here bring
-// it to every vector of a channels_last tensor (rows) or of a contiguous one (planes).
+// it to every vector of a channels_last tensor (rows) or of a contiguous one (planes), with the parameters of its
+// columns or of its channel: Body::kSlots vectors from the table body.params (see batch_norm_kernels.h).
+//
+// A body holds its arguments by value: through a reference every vector store, which may alias anything, makes the
+// compiler load the pointers again.
 //
 // Rows: the tensor is a matrix of `count` rows of `width` elements and a last row of `tail` elements. `width` is the
 // number of channels, or the least multiple of it that is a multiple of 16: three channels are walked as 48, so that no
@@ -25,7 +29,7 @@ constexpr int kTogether = 1;
 // the same cache sets, and from memory that is slower.
 constexpr int64_t kAdjacentRowBytes = 1024;
 
-constexpr int64_t kColumnChunk = 2048;  // columns whose running sums stay in L1
+constexpr int64_t kColumnChunk = 1024;  // columns whose parameters and running sums stay in L1 from row to row
 constexpr int64_t kPlaneGroup = 16;     // channels whose running sums are kept together
 
 template <bool kFull, class T>
@@ -56,18 +60,75 @@ FUSEDRES_INLINE void finish_streams(bool streamed) {
 #endif
 }
 
+template <class Vec, int kSlots>
+struct Params {
+  Vec at[kSlots];
+  FUSEDRES_INLINE Vec operator[](int slot) const { return at[slot]; }
+};
+
+// Of the vector of columns that begins with c.
+template <int kSlots, class S>
+FUSEDRES_INLINE auto column_params(const S* table, int64_t c) {
+  Params<decltype(load(table)), kSlots> p;
+  for (int k = 0; k < kSlots; ++k) p.at[k] = load(table + c * kSlots + k * kLanes);
+  return p;
+}
+
+template <int kSlots, class S>
+FUSEDRES_INLINE auto channel_params(const S* table, int64_t c) {
+  Params<decltype(load(table)), kSlots> p;
+  for (int k = 0; k < kSlots; ++k) p.at[k] = broadcast(table[(c / kLanes * kSlots + k) * kLanes + c % kLanes]);
+  return p;
+}
+
+// What a body makes of one vector: as many outputs as it has, of which some may not be wanted.
+template <class Vec, int kOutputs>
+struct Values {
+  Vec at[kOutputs];
+};
+
+template <class T, int kOutputs>
+struct Outputs {
+  T* at[kOutputs];  // or null
+};
+
+template <bool kFull, class Body, class P>
+FUSEDRES_INLINE void map_vector(const Body& body, const P& p, int64_t i, int64_t word, int n) {
+  const auto values = body.template map<kFull>(p, i, word, n);
+  for (int k = 0; k < Body::kOutputs; ++k) {
+    if (body.outputs.at[k]) put<kFull, Body::kStreams>(body.outputs.at[k] + i, values.at[k], n);
+  }
+}
+
 template <class Body>
 FUSEDRES_INLINE void map_rows(const Body& body, const Rows& rows, int64_t row0, int64_t row1, int64_t c0, int64_t c1) {
-  for (int64_t r = row0; r < row1; ++r) {
-    const int64_t end = r < rows.count ? c1 : (rows.tail < c1 ? rows.tail : c1);
-    int64_t c = c0;
-    for (; c + kLanes <= end; c += kLanes) {
-      const int64_t i = r * rows.width + c;
-      body.template map<true>(body.column_params(c), i, i / kLanes, kLanes);
-    }
-    if (c < end) {
-      const int64_t i = r * rows.width + c;
-      body.template map<false>(body.column_params(c), i, i / kLanes, static_cast<int>(end - c));
+  using T = typename Body::Element;
+  [[maybe_unused]] const bool aligned = rows.width % (2 * kLanes) == 0 && c0 % (2 * kLanes) == 0;
+  for (int64_t chunk = c0; chunk < c1; chunk += kColumnChunk) {
+    const int64_t chunk_end = chunk + kColumnChunk < c1 ? chunk + kColumnChunk : c1;
+    for (int64_t r = row0; r < row1; ++r) {
+      const int64_t end = r < rows.count || chunk_end < rows.tail ? chunk_end : rows.tail;
+      const int64_t first = r * rows.width;
+      int64_t c = chunk;
+      if constexpr (kStoredInPairs<typename Body::Element>) {
+        for (; aligned && c + 2 * kLanes <= end; c += 2 * kLanes) {
+          const int64_t i = first + c;
+          const auto low = body.template map<true>(column_params<Body::kSlots>(body.params, c), i, i / kLanes, kLanes);
+          const auto high = body.template map<true>(
+              column_params<Body::kSlots>(body.params, c + kLanes), i + kLanes, i / kLanes + 1, kLanes);
+          for (int k = 0; k < Body::kOutputs; ++k) {
+            if (T* const out = body.outputs.at[k]) store_pair<Body::kStreams>(out + i, low.at[k], high.at[k]);
+          }
+        }
+      }
+      for (; c + kLanes <= end; c += kLanes) {
+        const int64_t i = first + c;
+        map_vector<true>(body, column_params<Body::kSlots>(body.params, c), i, i / kLanes, kLanes);
+      }
+      if (c < end) {
+        const int64_t i = first + c;
+        map_vector<false>(body, column_params<Body::kSlots>(body.params, c), i, i / kLanes, static_cast<int>(end - c));
+      }
     }
   }
 }
@@ -80,12 +141,12 @@ FUSEDRES_INLINE void map_planes(
   const int rest = static_cast<int>(planes.area % kLanes);
   for (int64_t n = n0; n < n1; ++n) {
     for (int64_t c = c0; c < c1; ++c) {
-      const auto p = body.channel_params(c);
+      const auto p = channel_params<Body::kSlots>(body.params, c);
       const int64_t plane = n * planes.channels + c;
       const int64_t i = plane * planes.area;
       const int64_t word = plane * words;
-      for (int64_t j = 0; j < full; ++j) body.template map<true>(p, i + j * kLanes, word + j, kLanes);
-      if (rest) body.template map<false>(p, i + full * kLanes, word + full, rest);
+      for (int64_t j = 0; j < full; ++j) map_vector<true>(body, p, i + j * kLanes, word + j, kLanes);
+      if (rest) map_vector<false>(body, p, i + full * kLanes, word + full, rest);
     }
   }
 }
@@ -109,7 +170,7 @@ FUSEDRES_INLINE void reduce_rows(
       int64_t r = row;
       for (; r + kRows <= full_end; r += kRows) {
         for (int64_t c = chunk; c < end; c += kLanes) {
-          const auto p = body.column_params(c);
+          const auto p = column_params<Body::kSlots>(body.params, c);
           // Even and odd rows are summed apart and then added to the tile's sums: short chains of roundings.
           Vec s[2][K];
           for (int k = 0; k < K; ++k) s[0][k] = s[1][k] = broadcast(Scalar(0));
@@ -123,7 +184,7 @@ FUSEDRES_INLINE void reduce_rows(
       for (; r < tile_end; ++r) {
         const int64_t row_width = r < rows.count ? end : (rows.tail < end ? rows.tail : end);
         for (int64_t c = chunk; c < row_width; c += kLanes) {
-          const auto p = body.column_params(c);
+          const auto p = column_params<Body::kSlots>(body.params, c);
           Vec s[K];
           for (int k = 0; k < K; ++k) s[k] = load(tile[k] + c - chunk);
           const int64_t i = r * rows.width + c;
@@ -160,7 +221,7 @@ FUSEDRES_INLINE void reduce_planes(
     std::memset(lanes, 0, sizeof lanes);
     for (int64_t n = n0; n < n1; ++n) {
       for (int64_t c = group; c < end; ++c) {
-        const auto p = body.channel_params(c);
+        const auto p = channel_params<Body::kSlots>(body.params, c);
         const int64_t plane = n * planes.channels + c;
         const int64_t i = plane * planes.area;
         const int64_t word = plane * words;

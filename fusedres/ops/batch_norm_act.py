@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from .layout import is_channels_last, laid_out_like, mask_bytes, pack_mask, unpack_mask
+from .layout import mask_bytes, pack_mask, unpack_mask
 from .registry import define
-from .traffic import COEFFICIENTS, COUNTER, PARTIALS, STATS, Sizes, Traffic, backward_traffic, forward_traffic
+from .traffic import COEFFICIENTS, COUNTER, PARTIALS, STATS, SUMS, Sizes, Traffic, backward_traffic, forward_traffic
 
 _DIMS = (0, 2, 3)
 
@@ -316,6 +316,7 @@ BATCH_NORM_ACT = define(
     " -> (Tensor out, Tensor stats, Tensor mask)",
     _batch_norm_act_reference,
     _batch_norm_act_fake,
+    cuda=True,
     triton=_triton_batch_norm_act,
 )
 
@@ -326,6 +327,7 @@ BATCH_NORM_ACT_BACKWARD = define(
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     _batch_norm_act_backward_reference,
     _batch_norm_act_backward_fake,
+    cuda=True,
     triton=_triton_batch_norm_act_backward,
 )
 
@@ -335,6 +337,7 @@ BATCH_NORM_ADD_BATCH_NORM_ACT = define(
     " -> (Tensor out, Tensor stats, Tensor stats2)",
     _batch_norm_add_batch_norm_act_reference,
     _batch_norm_add_batch_norm_act_fake,
+    cuda=True,
     triton=_triton_batch_norm_add_batch_norm_act,
 )
 
@@ -346,6 +349,7 @@ BATCH_NORM_ADD_BATCH_NORM_ACT_BACKWARD = define(
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dx2, Tensor dweight2, Tensor dbias2)",
     _batch_norm_add_batch_norm_act_backward_reference,
     _batch_norm_add_batch_norm_act_backward_fake,
+    cuda=True,
     triton=_triton_batch_norm_add_batch_norm_act_backward,
 )
 
@@ -365,6 +369,7 @@ def batch_norm_act_traffic(
     affine: bool = True,
     running: bool = True,
     counter: bool = False,
+    cumulative: bool = False,
     param_dtype: torch.dtype | None = None,
     form: str = "two_pass",
     tiles: int = 1,
@@ -374,7 +379,7 @@ def batch_norm_act_traffic(
     Args:
         shape, dtype: of x, (N, C, H, W). layout: ``"channels_last"`` or ``"contiguous"``.
         residual, affine, running, counter: whether there is a residual, are weight and bias, running statistics, and
-            ``num_batches_tracked``.
+            ``num_batches_tracked``. cumulative: ``momentum=None``, whose factor comes from that counter.
         save_mask: whether the mask is written; by default where the backward needs it, with a residual and ReLU.
         param_dtype: of weight, bias and running statistics; by default that of the saved statistics.
         form: ``"two_pass"``, or ``"one_pass"`` where a channel's values stay on the chip.
@@ -390,7 +395,9 @@ def batch_norm_act_traffic(
         inputs=(1 + residual) * s.x,
         outputs=s.x + mask,
         params=2 * s.param * affine,
-        running=2 * s.param * running + COUNTER * (counter and training),
+        running=2 * s.param * running,
+        counters=COUNTER * counter,
+        cumulative=cumulative,
         stats=STATS * s.wide,
         partials=PARTIALS * s.wide * tiles,
         training=training,
@@ -432,7 +439,7 @@ def batch_norm_act_backward_traffic(
         params=_backward_params(s, affine, relu and not with_mask, need_dx),
         stats=STATS * s.wide,
         affine_grads=2 * need_affine * (s.param if affine else s.wide),
-        partials=PARTIALS * s.wide * tiles,
+        partials=SUMS * s.wide * tiles,
         coefficients=COEFFICIENTS * s.wide,
         training=training,
         form=form,
@@ -454,6 +461,7 @@ def batch_norm_add_batch_norm_act_traffic(
     affine: bool = True,
     running: bool = True,
     counter: bool = False,
+    cumulative: bool = False,
     param_dtype: torch.dtype | None = None,
     form: str = "two_pass",
     tiles: int = 1,
@@ -468,7 +476,9 @@ def batch_norm_add_batch_norm_act_traffic(
         inputs=2 * s.x,
         outputs=s.x,
         params=4 * s.param * affine,
-        running=2 * (2 * s.param * running + COUNTER * (counter and training)),
+        running=4 * s.param * running,
+        counters=2 * COUNTER * counter,
+        cumulative=cumulative,
         stats=2 * STATS * s.wide,
         partials=2 * PARTIALS * s.wide * tiles,
         training=training,
@@ -573,7 +583,11 @@ def _recomputed_mask(y: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class BatchNormActFunction(Function):
-    """``act(bn(x) + residual)``; arguments after ``bias`` are not differentiable."""
+    """``act(bn(x) + residual)`` of dense tensors in one memory format.
+
+    ``config`` is what is not differentiable: ``(statistics, relu, memory_format, forward_op, backward_op)``, where
+    ``statistics`` are the op's arguments from ``running_mean`` to ``eps``. In one tuple, for every argument costs.
+    """
 
     @staticmethod
     def forward(
@@ -582,34 +596,13 @@ class BatchNormActFunction(Function):
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        training: bool,
-        momentum: float | None,
-        eps: float,
-        relu: bool,
-        forward_op: Any,
-        backward_op: Any,
+        config: tuple[tuple[Any, ...], bool, torch.memory_format, Any, Any],
     ) -> Tensor:
+        statistics, relu, memory_format, forward_op, backward_op = config
         save_mask = relu and residual is not None
-        out, stats, mask = forward_op(
-            x,
-            residual,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            training,
-            momentum,
-            eps,
-            relu,
-            save_mask,
-        )
+        out, stats, mask = forward_op(x, residual, weight, bias, *statistics, relu, save_mask)
         ctx.save_for_backward(x, weight, bias, stats, mask if save_mask else None)
-        memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-        ctx.config = (training, eps, relu, memory_format, backward_op)
+        ctx.config = (statistics[3], statistics[5], relu, memory_format, backward_op)
         return out
 
     @staticmethod
@@ -635,7 +628,7 @@ class BatchNormActFunction(Function):
                 dx, dweight, dbias = _differentiable_backward(g, x, weight, saved, training, eps)
         elif relu or need_dx or need_affine:
             dx, dresidual, dweight, dbias = backward_op(
-                laid_out_like(dy, x),
+                dy.contiguous(memory_format=memory_format),
                 x,
                 weight,
                 bias,
@@ -654,12 +647,16 @@ class BatchNormActFunction(Function):
             dresidual if need_dresidual else None,
             dweight if need_dweight else None,
             dbias if need_dbias else None,
-            *(None,) * 9,
+            None,
         )
 
 
 class BatchNormAddBatchNormActFunction(Function):
-    """``act(bn(x) + bn2(x2))``; only ``x``, ``weight``, ``bias`` and their seconds are differentiable."""
+    """``act(bn(x) + bn2(x2))`` of dense tensors in one memory format.
+
+    ``config`` is ``(statistics, statistics2, relu, memory_format, forward_op, backward_op)``, as in
+    :class:`BatchNormActFunction`.
+    """
 
     @staticmethod
     def forward(
@@ -667,55 +664,23 @@ class BatchNormAddBatchNormActFunction(Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        training: bool,
-        momentum: float | None,
-        eps: float,
         x2: Tensor,
         weight2: Tensor | None,
         bias2: Tensor | None,
-        running_mean2: Tensor | None,
-        running_var2: Tensor | None,
-        num_batches_tracked2: Tensor | None,
-        training2: bool,
-        momentum2: float | None,
-        eps2: float,
-        relu: bool,
-        forward_op: Any,
-        backward_op: Any,
+        config: tuple[tuple[Any, ...], tuple[Any, ...], bool, torch.memory_format, Any, Any],
     ) -> Tensor:
-        out, stats, stats2 = forward_op(
-            x,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            training,
-            momentum,
-            eps,
-            x2,
-            weight2,
-            bias2,
-            running_mean2,
-            running_var2,
-            num_batches_tracked2,
-            training2,
-            momentum2,
-            eps2,
-            relu,
-        )
+        statistics, statistics2, relu, memory_format, forward_op, backward_op = config
+        out, stats, stats2 = forward_op(x, weight, bias, *statistics, x2, weight2, bias2, *statistics2, relu)
         ctx.save_for_backward(x, weight, bias, stats, x2, weight2, bias2, stats2)
-        ctx.config = (training, eps, training2, eps2, relu, backward_op)
+        ctx.config = (statistics[3], statistics[5], statistics2[3], statistics2[5], relu, memory_format, backward_op)
         return out
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, stats, x2, weight2, bias2, stats2 = ctx.saved_tensors
-        training, eps, training2, eps2, relu, backward_op = ctx.config
-        needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[9:12])
+        training, eps, training2, eps2, relu, memory_format, backward_op = ctx.config
+        x, x2 = x.contiguous(memory_format=memory_format), x2.contiguous(memory_format=memory_format)
+        need_dx, need_dweight, need_dbias, need_dx2, need_dweight2, need_dbias2 = ctx.needs_input_grad[:6]
         if torch.is_grad_enabled():
             g = dy
             if relu:
@@ -723,13 +688,13 @@ class BatchNormAddBatchNormActFunction(Function):
                     y = _reference_normalise(x, weight, bias, stats) + _reference_normalise(x2, weight2, bias2, stats2)
                     keep = _recomputed_mask(y, x.dtype)
                 g = dy * keep
-            grads = (
-                *_differentiable_backward(g, x, weight, _statistics_dtype_of(x, weight, stats), training, eps),
-                *_differentiable_backward(g, x2, weight2, _statistics_dtype_of(x2, weight2, stats2), training2, eps2),
-            )
+            saved = _statistics_dtype_of(x, weight, stats)
+            dx, dweight, dbias = _differentiable_backward(g, x, weight, saved, training, eps)
+            saved2 = _statistics_dtype_of(x2, weight2, stats2)
+            dx2, dweight2, dbias2 = _differentiable_backward(g, x2, weight2, saved2, training2, eps2)
         else:
-            grads = backward_op(
-                laid_out_like(dy, x),
+            dx, dweight, dbias, dx2, dweight2, dbias2 = backward_op(
+                dy.contiguous(memory_format=memory_format),
                 x,
                 weight,
                 bias,
@@ -741,12 +706,17 @@ class BatchNormAddBatchNormActFunction(Function):
                 stats2,
                 training2,
                 relu,
-                needs[0],
-                needs[3],
-                needs[1] or needs[2],
-                needs[4] or needs[5],
+                need_dx,
+                need_dx2,
+                need_dweight or need_dbias,
+                need_dweight2 or need_dbias2,
             )
-        first, second = (
-            [g if need else None for g, need in zip(grads[i : i + 3], needs[i : i + 3], strict=True)] for i in (0, 3)
+        return (
+            dx if need_dx else None,
+            dweight if need_dweight else None,
+            dbias if need_dbias else None,
+            dx2 if need_dx2 else None,
+            dweight2 if need_dweight2 else None,
+            dbias2 if need_dbias2 else None,
+            None,
         )
-        return *first, *(None,) * 6, *second, *(None,) * 9

@@ -30,9 +30,9 @@ from .batch_norm_act import (
     _statistics_dtype_of,
 )
 from .checks import pooled_size
-from .layout import is_channels_last, laid_out_like
+from .layout import is_channels_last
 from .registry import define
-from .traffic import COEFFICIENTS, COUNTER, PARTIALS, STATS, Sizes, Traffic, backward_traffic, forward_traffic
+from .traffic import COEFFICIENTS, COUNTER, PARTIALS, STATS, SUMS, Sizes, Traffic, backward_traffic, forward_traffic
 
 Pair = tuple[int, int]
 
@@ -187,6 +187,7 @@ def batch_norm_act_max_pool_traffic(
     affine: bool = True,
     running: bool = True,
     counter: bool = False,
+    cumulative: bool = False,
     param_dtype: torch.dtype | None = None,
     window: tuple[Pair, Pair, Pair, Pair, bool] = _STEM,
     tiles: int = 1,
@@ -202,7 +203,9 @@ def batch_norm_act_max_pool_traffic(
         inputs=_covered(shape, window) * dtype.itemsize,
         outputs=Sizes(_pooled(shape, window), dtype, layout).x,
         params=2 * s.param * affine,
-        running=2 * s.param * running + COUNTER * (counter and training),
+        running=2 * s.param * running,
+        counters=COUNTER * counter,
+        cumulative=cumulative,
         stats=STATS * s.wide,
         partials=PARTIALS * s.wide * tiles,
         training=training,
@@ -234,7 +237,7 @@ def batch_norm_act_max_pool_backward_traffic(
         params=_backward_params(s, affine, True, True),
         stats=STATS * s.wide,
         affine_grads=2 * need_affine * (s.param if affine else s.wide),
-        partials=PARTIALS * s.wide * tiles,
+        partials=SUMS * s.wide * tiles,
         coefficients=COEFFICIENTS * s.wide,
         training=training,
         form="two_pass",
@@ -242,7 +245,11 @@ def batch_norm_act_max_pool_backward_traffic(
 
 
 class BatchNormActMaxPoolFunction(Function):
-    """``max_pool(act(bn(x)))``; only ``x``, ``weight`` and ``bias`` are differentiable, ``window`` is max_pool2d's."""
+    """``max_pool(act(bn(x)))`` of a dense tensor; ``window`` is max_pool2d's.
+
+    ``config`` is ``(statistics, relu, window, memory_format, forward_op, backward_op)``, as in
+    :class:`~.batch_norm_act.BatchNormActFunction`.
+    """
 
     @staticmethod
     def forward(
@@ -250,39 +257,20 @@ class BatchNormActMaxPoolFunction(Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        training: bool,
-        momentum: float | None,
-        eps: float,
-        relu: bool,
-        window: tuple[Pair, Pair, Pair, Pair, bool],
-        forward_op: Any,
-        backward_op: Any,
+        config: tuple[tuple[Any, ...], bool, tuple[Pair, Pair, Pair, Pair, bool], torch.memory_format, Any, Any],
     ) -> Tensor:
-        out, stats = forward_op(
-            x,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            training,
-            momentum,
-            eps,
-            relu,
-            *window,
-        )
+        statistics, relu, window, memory_format, forward_op, backward_op = config
+        out, stats = forward_op(x, weight, bias, *statistics, relu, *window)
         ctx.save_for_backward(x, weight, bias, stats)
-        ctx.config = (training, eps, relu, window, backward_op)
+        ctx.config = (statistics[3], statistics[5], relu, window, memory_format, backward_op)
         return out
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, stats = ctx.saved_tensors
-        training, eps, relu, window, backward_op = ctx.config
-        needs = ctx.needs_input_grad[:3]
+        training, eps, relu, window, memory_format, backward_op = ctx.config
+        x = x.contiguous(memory_format=memory_format)
+        need_dx, need_dweight, need_dbias, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
             with torch.no_grad():
                 y = _activation(x, weight, bias, stats, relu)
@@ -290,9 +278,19 @@ class BatchNormActMaxPoolFunction(Function):
             g = torch.ops.aten.max_pool2d_with_indices_backward(dy, y, *window, winners)
             if relu:
                 g = g * ~(y <= 0)
-            grads = _differentiable_backward(g, x, weight, _statistics_dtype_of(x, weight, stats), training, eps)
+            saved = _statistics_dtype_of(x, weight, stats)
+            dx, dweight, dbias = _differentiable_backward(g, x, weight, saved, training, eps)
         else:
-            need_affine = needs[1] or needs[2]
-            dy = laid_out_like(dy, x)
-            grads = backward_op(dy, x, weight, bias, stats, training, relu, *window, needs[0], need_affine)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 10
+            dx, dweight, dbias = backward_op(
+                dy.contiguous(memory_format=memory_format),
+                x,
+                weight,
+                bias,
+                stats,
+                training,
+                relu,
+                *window,
+                need_dx,
+                need_dweight or need_dbias,
+            )
+        return dx if need_dx else None, dweight if need_dweight else None, dbias if need_dbias else None, None

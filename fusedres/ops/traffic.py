@@ -26,7 +26,8 @@ LAYOUTS = ("channels_last", "contiguous")
 
 COUNTER = 8  # bytes of num_batches_tracked
 STATS = 3  # vectors of saved statistics: mean, rstd, mean_low
-PARTIALS = 2  # numbers per tile and channel: mean and M2 forward, two sums backward
+PARTIALS = 3  # numbers per tile and channel of a forward: shift, mean - shift, M2
+SUMS = 2  # of a backward: of g, and of g times the centred x
 COEFFICIENTS = 2  # per channel, from the backward's finalise to its apply
 
 
@@ -123,6 +124,8 @@ def forward_traffic(
     outputs: int,
     params: int,
     running: int,
+    counters: int,
+    cumulative: bool,
     stats: int,
     partials: int,
     training: bool,
@@ -132,26 +135,20 @@ def forward_traffic(
 
     Args:
         normed: tensors that are normalised. inputs: all that the last pass reads. outputs: what it writes.
-        params: weight and bias. running: running statistics, and in training the counter. stats: what is saved.
+        params: weight and bias. running: running statistics. counters: ``num_batches_tracked``, in training.
+        cumulative: whether ``finalise`` reads them. stats: what is saved.
         partials: what the first pass leaves for ``finalise``.
     """
     one_pass = check_form(form)
-    updated = running if training else 0
-    floor = inputs + params + running + outputs + stats + updated
+    updated = running + counters if training else 0
+    read, written = inputs + params + running + (counters if training else 0), outputs + stats + updated
     if not training or one_pass:
-        return Traffic(
-            floor,
-            (
-                Launch(
-                    "one_pass" if training else "apply", floor - outputs - stats - updated, outputs + stats + updated
-                ),
-            ),
-        )
+        return Traffic(read + written, (Launch("one_pass" if training else "apply", read, written),))
     return Traffic(
-        normed + floor,
+        normed + read + written,
         (
-            Launch("statistics", normed, partials),
-            Launch("finalise", partials + running, stats + updated),
+            Launch("statistics", normed + counters, partials + counters),
+            Launch("finalise", partials + running + counters * cumulative, stats + running),
             Launch("apply", inputs + params + stats, outputs),
         ),
     )

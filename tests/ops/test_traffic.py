@@ -41,11 +41,13 @@ def test_residual_by_hand():
     mask = 28  # 210 bits in words of 16
     forward = batch_norm_act_traffic((2, 3, 5, 7), torch.bfloat16, residual=True, counter=True, tiles=4)
     assert launches(forward) == {
-        "statistics": (t, 2 * 4 * c),
-        "finalise": (2 * 4 * c + 2 * c + 8, 3 * c + 2 * c + 8),
+        "statistics": (t + 8, 3 * 4 * c + 8),
+        "finalise": (3 * 4 * c + 2 * c, 3 * c + 2 * c),
         "apply": (2 * t + 2 * c + 3 * c, t + mask),
     }
     assert forward.floor == 4 * t + mask + 2 * c + 2 * (2 * c + 8) + 3 * c
+    cumulative = batch_norm_act_traffic((2, 3, 5, 7), torch.bfloat16, counter=True, cumulative=True, tiles=4)
+    assert launches(cumulative)["finalise"] == (3 * 4 * c + 2 * c + 8, 3 * c + 2 * c)
     backward = batch_norm_act_backward_traffic((2, 3, 5, 7), torch.bfloat16, residual=True, tiles=4)
     assert launches(backward) == {
         "reduce": (2 * t + mask + c + 3 * c, 2 * 4 * c),
