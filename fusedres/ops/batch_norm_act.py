@@ -21,6 +21,7 @@ the sign of ``y`` is recomputed from ``x`` by the forward's own arithmetic, and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from torch.nn import functional as F
 
 from .layout import mask_bytes, pack_mask, unpack_mask
 from .registry import define
+from .traffic import COEFFICIENTS, COUNTER, PARTIALS, STATS, SUMS, Sizes, Traffic, backward_traffic, forward_traffic
 
 _DIMS = (0, 2, 3)
 
@@ -278,6 +280,31 @@ def _batch_norm_add_batch_norm_act_backward_fake(
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
 
+
+def _triton_batch_norm_act() -> Any:
+    from ..kernels.batch_norm_act import batch_norm_act
+
+    return batch_norm_act
+
+
+def _triton_batch_norm_act_backward() -> Any:
+    from ..kernels.batch_norm_act import batch_norm_act_backward
+
+    return batch_norm_act_backward
+
+
+def _triton_batch_norm_add_batch_norm_act() -> Any:
+    from ..kernels.batch_norm_act import batch_norm_add_batch_norm_act
+
+    return batch_norm_add_batch_norm_act
+
+
+def _triton_batch_norm_add_batch_norm_act_backward() -> Any:
+    from ..kernels.batch_norm_act import batch_norm_add_batch_norm_act_backward
+
+    return batch_norm_add_batch_norm_act_backward
+
+
 _NORM = (
     "Tensor? weight{0}, Tensor? bias{0}, Tensor({1}!)? running_mean{0}, Tensor({2}!)? running_var{0}, "
     "Tensor({3}!)? num_batches_tracked{0}, bool training{0}, float? momentum{0}, float eps{0}"
@@ -290,6 +317,7 @@ BATCH_NORM_ACT = define(
     _batch_norm_act_reference,
     _batch_norm_act_fake,
     cuda=True,
+    triton=_triton_batch_norm_act,
 )
 
 BATCH_NORM_ACT_BACKWARD = define(
@@ -300,6 +328,7 @@ BATCH_NORM_ACT_BACKWARD = define(
     _batch_norm_act_backward_reference,
     _batch_norm_act_backward_fake,
     cuda=True,
+    triton=_triton_batch_norm_act_backward,
 )
 
 BATCH_NORM_ADD_BATCH_NORM_ACT = define(
@@ -309,6 +338,7 @@ BATCH_NORM_ADD_BATCH_NORM_ACT = define(
     _batch_norm_add_batch_norm_act_reference,
     _batch_norm_add_batch_norm_act_fake,
     cuda=True,
+    triton=_triton_batch_norm_add_batch_norm_act,
 )
 
 BATCH_NORM_ADD_BATCH_NORM_ACT_BACKWARD = define(
@@ -320,7 +350,175 @@ BATCH_NORM_ADD_BATCH_NORM_ACT_BACKWARD = define(
     _batch_norm_add_batch_norm_act_backward_reference,
     _batch_norm_add_batch_norm_act_backward_fake,
     cuda=True,
+    triton=_triton_batch_norm_add_batch_norm_act_backward,
 )
+
+
+# ---- traffic ---------------------------------------------------------------------------------------------------------
+
+
+def batch_norm_act_traffic(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    layout: str = "channels_last",
+    training: bool = True,
+    residual: bool = False,
+    relu: bool = True,
+    save_mask: bool | None = None,
+    affine: bool = True,
+    running: bool = True,
+    counter: bool = False,
+    cumulative: bool = False,
+    param_dtype: torch.dtype | None = None,
+    form: str = "two_pass",
+    tiles: int = 1,
+) -> Traffic:
+    """Bytes of the forward.
+
+    Args:
+        shape, dtype: of x, (N, C, H, W). layout: ``"channels_last"`` or ``"contiguous"``.
+        residual, affine, running, counter: whether there is a residual, are weight and bias, running statistics, and
+            ``num_batches_tracked``. cumulative: ``momentum=None``, whose factor comes from that counter.
+        save_mask: whether the mask is written; by default where the backward needs it, with a residual and ReLU.
+        param_dtype: of weight, bias and running statistics; by default that of the saved statistics.
+        form: ``"two_pass"``, or ``"one_pass"`` where a channel's values stay on the chip.
+        tiles: partial results per channel that the first of two passes leaves.
+
+    Raises:
+        ValueError: a shape that is not four sizes, an unknown layout or form.
+    """
+    s = Sizes(shape, dtype, layout, param_dtype)
+    mask = s.mask if (relu and residual if save_mask is None else save_mask) else 0
+    return forward_traffic(
+        normed=s.x,
+        inputs=(1 + residual) * s.x,
+        outputs=s.x + mask,
+        params=2 * s.param * affine,
+        running=2 * s.param * running,
+        counters=COUNTER * counter,
+        cumulative=cumulative,
+        stats=STATS * s.wide,
+        partials=PARTIALS * s.wide * tiles,
+        training=training,
+        form=form,
+    )
+
+
+def batch_norm_act_backward_traffic(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    layout: str = "channels_last",
+    training: bool = True,
+    residual: bool = False,
+    relu: bool = True,
+    affine: bool = True,
+    need_dx: bool = True,
+    need_dresidual: bool | None = None,
+    need_affine: bool | None = None,
+    param_dtype: torch.dtype | None = None,
+    form: str = "two_pass",
+    tiles: int = 1,
+) -> Traffic:
+    """Bytes of the backward; arguments as in :func:`batch_norm_act_traffic`.
+
+    Args:
+        need_dx, need_dresidual, need_affine: the gradients that are wanted; by default all there are. The residual's
+            own is dy itself without ReLU.
+    """
+    s = Sizes(shape, dtype, layout, param_dtype)
+    need_dresidual = residual and relu if need_dresidual is None else need_dresidual
+    need_affine = affine if need_affine is None else need_affine
+    with_mask = relu and residual
+    reads_x = (need_dx and training) or need_affine or (relu and not with_mask)
+    return backward_traffic(
+        inputs=(1 + reads_x) * s.x + with_mask * s.mask,
+        gradients=need_dx * s.x,
+        early=need_dresidual * s.x,
+        params=_backward_params(s, affine, relu and not with_mask, need_dx),
+        stats=STATS * s.wide,
+        affine_grads=2 * need_affine * (s.param if affine else s.wide),
+        partials=SUMS * s.wide * tiles,
+        coefficients=COEFFICIENTS * s.wide,
+        training=training,
+        form=form,
+    )
+
+
+def _backward_params(s: Sizes, affine: bool, recomputes: bool, need_dx: bool) -> int:
+    """Weight, for dx; and bias, where the sign of the activation is recomputed."""
+    return affine * s.param * (2 if recomputes else int(need_dx))
+
+
+def batch_norm_add_batch_norm_act_traffic(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    layout: str = "channels_last",
+    training: bool = True,
+    relu: bool = True,
+    affine: bool = True,
+    running: bool = True,
+    counter: bool = False,
+    cumulative: bool = False,
+    param_dtype: torch.dtype | None = None,
+    form: str = "two_pass",
+    tiles: int = 1,
+) -> Traffic:
+    """Bytes of the forward with both norms in the same mode; arguments as in :func:`batch_norm_act_traffic`.
+
+    ReLU costs nothing: its sign is recomputed in the backward.
+    """
+    s = Sizes(shape, dtype, layout, param_dtype)
+    return forward_traffic(
+        normed=2 * s.x,
+        inputs=2 * s.x,
+        outputs=s.x,
+        params=4 * s.param * affine,
+        running=4 * s.param * running,
+        counters=2 * COUNTER * counter,
+        cumulative=cumulative,
+        stats=2 * STATS * s.wide,
+        partials=2 * PARTIALS * s.wide * tiles,
+        training=training,
+        form=form,
+    )
+
+
+def batch_norm_add_batch_norm_act_backward_traffic(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    layout: str = "channels_last",
+    training: bool = True,
+    relu: bool = True,
+    affine: bool = True,
+    need_dx: bool = True,
+    need_dx2: bool = True,
+    need_affine: bool | None = None,
+    param_dtype: torch.dtype | None = None,
+    form: str = "two_pass",
+    tiles: int = 1,
+) -> Traffic:
+    """Bytes of the backward with both norms in the same mode; arguments as in :func:`batch_norm_act_traffic`.
+
+    The sums are three per tile and channel: of g, and of g times each of the centred inputs.
+    """
+    s = Sizes(shape, dtype, layout, param_dtype)
+    need_affine = affine if need_affine is None else need_affine
+    return backward_traffic(
+        inputs=3 * s.x,
+        gradients=(need_dx + need_dx2) * s.x,
+        early=0,
+        params=2 * _backward_params(s, affine, relu, True),
+        stats=2 * STATS * s.wide,
+        affine_grads=4 * need_affine * (s.param if affine else s.wide),
+        partials=3 * s.wide * tiles,
+        coefficients=3 * s.wide,
+        training=training,
+        form=form,
+    )
 
 
 # ---- eager PyTorch ---------------------------------------------------------------------------------------------------

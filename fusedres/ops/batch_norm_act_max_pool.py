@@ -10,6 +10,7 @@ dweight, dbias and dx follow as in ``batch_norm_act``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from .batch_norm_act import (
     _NORM,
+    _backward_params,
     _differentiable_backward,
     _fake_affine_grad,
     _fake_stats,
@@ -30,6 +32,7 @@ from .batch_norm_act import (
 from .checks import pooled_size
 from .layout import is_channels_last
 from .registry import define
+from .traffic import COEFFICIENTS, COUNTER, PARTIALS, STATS, SUMS, Sizes, Traffic, backward_traffic, forward_traffic
 
 Pair = tuple[int, int]
 
@@ -122,6 +125,18 @@ def _batch_norm_act_max_pool_backward_fake(
     return dx, dweight, dbias
 
 
+def _triton_batch_norm_act_max_pool() -> Any:
+    from ..kernels.batch_norm_act_max_pool import batch_norm_act_max_pool
+
+    return batch_norm_act_max_pool
+
+
+def _triton_batch_norm_act_max_pool_backward() -> Any:
+    from ..kernels.batch_norm_act_max_pool import batch_norm_act_max_pool_backward
+
+    return batch_norm_act_max_pool_backward
+
+
 _WINDOW = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode"
 
 BATCH_NORM_ACT_MAX_POOL = define(
@@ -130,6 +145,7 @@ BATCH_NORM_ACT_MAX_POOL = define(
     _batch_norm_act_max_pool_reference,
     _batch_norm_act_max_pool_fake,
     cuda=True,
+    triton=_triton_batch_norm_act_max_pool,
 )
 
 BATCH_NORM_ACT_MAX_POOL_BACKWARD = define(
@@ -139,7 +155,95 @@ BATCH_NORM_ACT_MAX_POOL_BACKWARD = define(
     _batch_norm_act_max_pool_backward_reference,
     _batch_norm_act_max_pool_backward_fake,
     cuda=True,
+    triton=_triton_batch_norm_act_max_pool_backward,
 )
+
+
+def _pooled(shape: Sequence[int], window: tuple[Pair, Pair, Pair, Pair, bool]) -> tuple[int, int, int, int]:
+    *sizes, ceil_mode = window
+    height, width = (pooled_size(*args, ceil_mode) for args in zip(shape[2:], *sizes, strict=True))
+    return (*shape[:2], height, width)
+
+
+def _covered(shape: Sequence[int], window: tuple[Pair, Pair, Pair, Pair, bool]) -> int:
+    """Elements of x that lie in some window; a stride larger than the kernel leaves some out."""
+    rows_and_columns = []
+    for size, out, kernel, stride, padding, dilation in zip(
+        shape[2:], _pooled(shape, window)[2:], *window[:4], strict=True
+    ):
+        positions = {o * stride - padding + k * dilation for o in range(out) for k in range(kernel)}
+        rows_and_columns.append(len(positions & set(range(size))))
+    return shape[0] * shape[1] * rows_and_columns[0] * rows_and_columns[1]
+
+
+_STEM = ((3, 3), (2, 2), (1, 1), (1, 1), False)
+
+
+def batch_norm_act_max_pool_traffic(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    layout: str = "channels_last",
+    training: bool = True,
+    relu: bool = True,
+    affine: bool = True,
+    running: bool = True,
+    counter: bool = False,
+    cumulative: bool = False,
+    param_dtype: torch.dtype | None = None,
+    window: tuple[Pair, Pair, Pair, Pair, bool] = _STEM,
+    tiles: int = 1,
+) -> Traffic:
+    """Bytes of the forward; arguments as in :func:`~fusedres.ops.batch_norm_act.batch_norm_act_traffic`.
+
+    Args:
+        window: kernel_size, stride, padding, dilation, each a pair, and ceil_mode.
+    """
+    s = Sizes(shape, dtype, layout, param_dtype)
+    return forward_traffic(
+        normed=s.x,
+        inputs=_covered(shape, window) * dtype.itemsize,
+        outputs=Sizes(_pooled(shape, window), dtype, layout).x,
+        params=2 * s.param * affine,
+        running=2 * s.param * running,
+        counters=COUNTER * counter,
+        cumulative=cumulative,
+        stats=STATS * s.wide,
+        partials=PARTIALS * s.wide * tiles,
+        training=training,
+        form="two_pass",
+    )
+
+
+def batch_norm_act_max_pool_backward_traffic(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    layout: str = "channels_last",
+    training: bool = True,
+    relu: bool = True,
+    affine: bool = True,
+    need_dx: bool = True,
+    need_affine: bool | None = None,
+    param_dtype: torch.dtype | None = None,
+    window: tuple[Pair, Pair, Pair, Pair, bool] = _STEM,
+    tiles: int = 1,
+) -> Traffic:
+    """Bytes of the backward; arguments as in :func:`batch_norm_act_max_pool_traffic`. ReLU costs nothing."""
+    s = Sizes(shape, dtype, layout, param_dtype)
+    need_affine = affine if need_affine is None else need_affine
+    return backward_traffic(
+        inputs=s.x + Sizes(_pooled(shape, window), dtype, layout).x,
+        gradients=need_dx * s.x,
+        early=0,
+        params=_backward_params(s, affine, True, True),
+        stats=STATS * s.wide,
+        affine_grads=2 * need_affine * (s.param if affine else s.wide),
+        partials=SUMS * s.wide * tiles,
+        coefficients=COEFFICIENTS * s.wide,
+        training=training,
+        form="two_pass",
+    )
 
 
 class BatchNormActMaxPoolFunction(Function):
