@@ -35,6 +35,8 @@ struct PoolProblem {
 
 namespace plan {
 
+constexpr int kPoolThreads = 128;
+constexpr int kPoolBlocks = 8;       // that every SM should have
 constexpr int kMaxPatchSteps = 8;    // rows that one thread takes of a patch
 constexpr int kMaxPooledTerms = 64;  // of a sum in the compute type
 
@@ -51,7 +53,7 @@ inline PoolPlan plan_pool(const PoolProblem& p, int sms, int most_chunks_per_sm)
   t.row_vectors = p.channels / p.vector;
   t.threads_x = p.channels_last ? choose_threads_x(t.row_vectors, 1) : 1;
   t.tiles = ceil_div(t.row_vectors, t.threads_x);
-  const int64_t threads = std::clamp<int64_t>(power_of_two_from(t.threads_x * p.height * p.width), 32, kThreads);
+  const int64_t threads = std::clamp<int64_t>(power_of_two_from(t.threads_x * p.height * p.width), 32, kPoolThreads);
   t.threads_y = static_cast<int>(threads) / t.threads_x;
 
   Patches& s = plan.patches;
@@ -64,7 +66,7 @@ inline PoolPlan plan_pool(const PoolProblem& p, int sms, int most_chunks_per_sm)
   // As many rows as leave every SM some blocks.
   const auto down = [&](int steps) { return ceil_div(p.height, s.threads_h * steps); };
   int steps = kMaxPatchSteps;
-  while (steps > 1 && t.tiles * p.batch * s.across * down(steps) < kBlocksPerSm * sms) steps /= 2;
+  while (steps > 1 && t.tiles * p.batch * s.across * down(steps) < kPoolBlocks * sms) steps /= 2;
   s.rows = static_cast<int>(ceil_div(ceil_div(p.height, down(steps)), s.threads_h)) * s.threads_h;
   s.per_image = s.across * ceil_div(p.height, s.rows);
   s.count = p.batch * s.per_image;

@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <climits>
+#include <cstring>
 #include <tuple>
 #include <type_traits>
 
@@ -20,6 +21,9 @@
 
 namespace fusedres {
 namespace {
+
+// Blocks that an SM can have at least, which leaves 128 and 168 registers per thread.
+constexpr int kBlocks = 4, kWinnersBlocks = 3;
 
 // Sizes of windows, in the registers of a thread.
 struct Window {
@@ -47,6 +51,31 @@ struct PoolArguments {
   GradientPointers<T> to;
   T* dx;
 };
+
+// One access of the size of V, which nvcc might otherwise take apart.
+template <int kBytes>
+using Access = std::conditional_t<
+    kBytes == 16,
+    uint4,
+    std::conditional_t<
+        kBytes == 8,
+        uint2,
+        std::conditional_t<kBytes == 4, unsigned, std::conditional_t<kBytes == 2, unsigned short, unsigned char>>>>;
+
+template <typename V>
+__device__ inline V load_whole(const void* from) {
+  const auto bytes = *static_cast<const Access<sizeof(V)>*>(from);
+  V value;
+  memcpy(&value, &bytes, sizeof(V));
+  return value;
+}
+
+template <typename V>
+__device__ inline void store_whole(void* to, const V& value) {
+  Access<sizeof(V)> bytes;
+  memcpy(&bytes, &value, sizeof(V));
+  __stcg(static_cast<Access<sizeof(V)>*>(to), bytes);
+}
 
 // ---- windows ----
 
@@ -89,9 +118,7 @@ struct WindowPlace {
 template <int kKernel, int K, typename T, typename F>
 __device__ inline void visit_window(
     const T* __restrict__ x, const Window& p, const Strides& s, const WindowPlace& place, const F& f) {
-  const auto pixels = [&](int kh, int kw) {
-    return *reinterpret_cast<const Vector<T, K>*>(x + place.offset(p, s, kh, kw));
-  };
+  const auto pixels = [&](int kh, int kw) { return load_whole<Vector<T, K>>(x + place.offset(p, s, kh, kw)); };
   if constexpr (kKernel > 0) {
 #pragma unroll
     for (int h = 0; h < kKernel; ++h) {
@@ -123,7 +150,8 @@ struct Winner {
       position[i] = first;
     }
   }
-  __device__ void consider(const A (&y)[K], int at, bool) {
+  template <bool kRelu>
+  __device__ void consider(const A (&y)[K], int at) {
 #pragma unroll
     for (int i = 0; i < K; ++i) {
       const bool better = y[i] > value[i] || y[i] != y[i];
@@ -134,8 +162,9 @@ struct Winner {
   __device__ bool is_open(int i, bool relu) const { return !(relu && value[i] <= 0); }
   __device__ T activation(int i, bool relu) const { return is_open(i, relu) ? value[i] : T(0); }
   __device__ int at(int i) const { return position[i]; }
-  // Whether `at` is that of some NaN rather than of the last one.
-  __device__ bool is_any_nan(int) const { return false; }
+  // Whether `at` may be that of another NaN than the last, which `consider_nan` then finds.
+  __device__ bool has_nan() const { return false; }
+  __device__ void consider_nan(const A (&)[K], int) {}
 };
 
 // Two bytes: the rounded activation above 65535 - position, so that one integer maximum finds both. With a ReLU values
@@ -149,21 +178,23 @@ struct WinnerOfHalves {
 #pragma unroll
     for (int i = 0; i < K; ++i) key[i] = INT_MIN;
   }
-  __device__ void consider(const float (&y)[K], int at, bool relu) {
-    int bits[K];
+  template <bool kRelu>
+  __device__ void consider(const float (&y)[K], int at) {
+    Vector<T, K> rounded;
+#pragma unroll
+    for (int i = 0; i < K; ++i) rounded.at[i] = static_cast<T>(y[i]);
+    constexpr int kTogether = K > 1 ? 2 : 1;
+    Access<kTogether * sizeof(T)> words[K / kTogether];  // pairs are converted together
+    memcpy(words, &rounded, sizeof(rounded));
 #pragma unroll
     for (int i = 0; i < K; ++i) {
-      bits[i] = static_cast<int16_t>(static_cast<T>(y[i]).x);
+      const unsigned word = words[i / kTogether];
+      unsigned upper = i % kTogether == 0 ? word << 16 : word & 0xffff0000u;
       // The host's conversion may give a NaN with a sign.
-      if (std::is_same_v<T, c10::Half> && y[i] != y[i]) bits[i] = 0x7fff;
+      if (std::is_same_v<T, c10::Half> && y[i] != y[i]) upper = 0x7fff0000u;
+      if (!kRelu && upper & 0x80000000u) upper = 0x80000000u - upper;  // in order, with one zero
+      key[i] = max(key[i], static_cast<int>(upper | (0xffff - at)));
     }
-    if (!relu) {
-#pragma unroll
-      for (int i = 0; i < K; ++i) bits[i] = bits[i] < 0 ? -(bits[i] & 0x7fff) : bits[i];
-    }
-#pragma unroll
-    for (int i = 0; i < K; ++i)
-      key[i] = max(key[i], static_cast<int>(static_cast<unsigned>(bits[i]) << 16) | (0xffff - at));
   }
   __device__ bool is_open(int i, bool relu) const { return !relu || key[i] >> 16 > 0; }
   __device__ T activation(int i, bool relu) const {
@@ -172,7 +203,16 @@ struct WinnerOfHalves {
     return relu ? T(0, T::from_bits()) : T(static_cast<uint16_t>(0x8000 | -bits), T::from_bits());
   }
   __device__ int at(int i) const { return 0xffff - (key[i] & 0xffff); }
-  __device__ bool is_any_nan(int i) const { return key[i] >> 16 > kInfinity; }
+  __device__ bool has_nan() const {
+    int largest = key[0];
+#pragma unroll
+    for (int i = 1; i < K; ++i) largest = max(largest, key[i]);
+    return largest >> 16 > kInfinity;
+  }
+  __device__ void consider_nan(const float (&y)[K], int at) {
+#pragma unroll
+    for (int i = 0; i < K; ++i) key[i] = y[i] != y[i] ? 0x7fff << 16 | (0xffff - at) : key[i];
+  }
 };
 
 template <int K>
@@ -184,19 +224,37 @@ struct Winner<c10::Half, K> : WinnerOfHalves<c10::Half, K> {
   using WinnerOfHalves<c10::Half, K>::WinnerOfHalves;
 };
 
-// The winners of one window. The activations are rounded, for it is those that are pooled.
-template <int kKernel, typename T, int K>
+// The winners of one window. The activations are rounded, for it is those that are pooled. Without kPositions only
+// their values count.
+template <int kKernel, bool kPositions, bool kRelu, typename T, int K>
 __device__ inline Winner<T, K> find_winners(
     const PoolArguments<T>& a, const T* __restrict__ x, const Affine<Compute<T>, K>& bn, const WindowPlace& place) {
   using A = Compute<T>;
+  const auto activations = [&](A(&y)[K], const Vector<T, K>& pixels) {
+#pragma unroll
+    for (int i = 0; i < K; ++i) y[i] = normalise(static_cast<A>(pixels.at[i]) - bn.mean[i], bn.scale[i], bn.shift[i]);
+  };
   Winner<T, K> best(place.taps_h.first * a.window.kernel_w + place.taps_w.first);
   visit_window<kKernel, K>(x, a.window, a.of_x, place, [&](const Vector<T, K>& pixels, int at) {
     A y[K];
-#pragma unroll
-    for (int i = 0; i < K; ++i) y[i] = normalise(static_cast<A>(pixels.at[i]) - bn.mean[i], bn.scale[i], bn.shift[i]);
-    best.consider(y, at, a.relu);
+    activations(y, pixels);
+    best.template consider<kRelu>(y, at);
   });
+  if (kPositions && best.has_nan()) {
+    visit_window<0, K>(x, a.window, a.of_x, place, [&](const Vector<T, K>& pixels, int at) {
+      A y[K];
+      activations(y, pixels);
+      best.consider_nan(y, at);
+    });
+  }
   return best;
+}
+
+template <int kKernel, bool kPositions, typename T, int K>
+__device__ inline Winner<T, K> find_winners(
+    const PoolArguments<T>& a, const T* __restrict__ x, const Affine<Compute<T>, K>& bn, const WindowPlace& place) {
+  if (sizeof(T) > 2 || a.relu) return find_winners<kKernel, kPositions, true>(a, x, bn, place);
+  return find_winners<kKernel, kPositions, false>(a, x, bn, place);
 }
 
 // ---- blocks ----
@@ -229,7 +287,7 @@ __device__ inline int64_t first_channel(const PoolPlan& plan, const BlockPlace& 
 }
 
 template <typename T, int K, int kKernel>
-__global__ void __launch_bounds__(plan::kThreads) pool_kernel(const PoolArguments<T> a) {
+__global__ void __launch_bounds__(plan::kPoolThreads, kBlocks) pool_kernel(const __grid_constant__ PoolArguments<T> a) {
   const BlockPlace block(a.plan.tiles, a.plan.pass, blockIdx.x, a.reverse);
   const PoolColumns<T, K> columns(a.plan.tiles, block);
   auto* parameters = dynamic_shared_memory<Compute<T>>();
@@ -241,35 +299,25 @@ __global__ void __launch_bounds__(plan::kThreads) pool_kernel(const PoolArgument
   get_affine(bn, parameters, columns.count, a.plan.tiles);
   for_each_position(a.plan, block, [&](int64_t image, int row, int column) {
     const T* x = a.norm.x + image * a.of_x.n + channel * a.of_x.c;
-    const auto best = find_winners<kKernel>(a, x, bn, WindowPlace(a.window, row, column));
+    const auto best = find_winners<kKernel, false>(a, x, bn, WindowPlace(a.window, row, column));
     Vector<T, K> out;
 #pragma unroll
     for (int i = 0; i < K; ++i) out.at[i] = best.activation(i, a.relu);
     const int64_t to = image * a.of_y.n + channel * a.of_y.c + row * a.of_y.h + column * a.of_y.w;
-    *reinterpret_cast<Vector<T, K>*>(a.out + to) = out;
+    store_whole(a.out + to, out);
   });
-}
-
-// The last position of a window whose activation is NaN, for one channel.
-template <typename T>
-__device__ __attribute__((noinline)) int last_nan(
-    const T* __restrict__ x, const Window& p, const Strides& s, const WindowPlace& place, Affine<Compute<T>, 1> bn) {
-  int last = 0;
-  visit_window<0, 1>(x, p, s, place, [&](const Vector<T, 1>& pixel, int at) {
-    const auto y = normalise(static_cast<Compute<T>>(pixel.at[0]) - bn.mean[0], bn.scale[0], bn.shift[0]);
-    if (y != y) last = at;
-  });
-  return last;
 }
 
 // Finds the winners, and sums the gradients that go to them.
 template <typename T, int K, int kKernel>
-__global__ void __launch_bounds__(plan::kThreads) pool_winners_kernel(const PoolArguments<T> a) {
+__global__ void __launch_bounds__(plan::kPoolThreads, kWinnersBlocks)
+    pool_winners_kernel(const __grid_constant__ PoolArguments<T> a) {
   using A = Compute<T>;
   const Tiles& t = a.plan.tiles;
   const BlockPlace block(t, a.plan.pass, blockIdx.x, a.reverse);
   const PoolColumns<T, K> columns(t, block);
-  auto* parameters = dynamic_shared_memory<A>();
+  auto* scratch = dynamic_shared_memory<double>();
+  auto* parameters = reinterpret_cast<A*>(scratch + fold_size<2, K>());
   __shared__ int64_t offsets[kNoWinner];  // of the positions of a window from its first one
   for (int k = threadIdx.x; k < a.window.kernel_h * a.window.kernel_w; k += blockDim.x) {
     const int kh = k / a.window.kernel_w, kw = k - kh * a.window.kernel_w;
@@ -285,30 +333,33 @@ __global__ void __launch_bounds__(plan::kThreads) pool_winners_kernel(const Pool
     for_each_position(a.plan, block, [&](int64_t image, int row, int column) {
       const T* x = a.norm.x + image * a.of_x.n + channel * a.of_x.c;
       const int64_t o = image * a.of_y.n + channel * a.of_y.c + row * a.of_y.h + column * a.of_y.w;
-      const auto dy = *reinterpret_cast<const Vector<T, K>*>(a.dy + o);
+      const auto dy = load_whole<Vector<T, K>>(a.dy + o);
       const WindowPlace place(a.window, row, column);
-      const auto best = find_winners<kKernel>(a, x, bn, place);
+      const auto best = find_winners<kKernel, true>(a, x, bn, place);
       const int64_t corner = place.offset(a.window, a.of_x, 0, 0);
       Vector<uint8_t, K> winners;
 #pragma unroll
       for (int i = 0; i < K; ++i) {
         const bool is_open = best.is_open(i, a.relu);
-        int at = best.at(i);
-        if (best.is_any_nan(i)) {
-          at = last_nan(x + i, a.window, a.of_x, place, {{bn.mean[i]}, {bn.scale[i]}, {bn.shift[i]}});
-        }
+        const int at = best.at(i);
         winners.at[i] = is_open ? static_cast<uint8_t>(at) : kNoWinner;
         const A g = is_open ? static_cast<A>(dy.at[i]) : A(0);
         const A centred = static_cast<A>(x[corner + offsets[at] + i]) - bn.mean[i];
         sums[0][i] += g;
         sums[1][i] = is_open ? multiply_add(g, centred, sums[1][i]) : sums[1][i];
       }
-      if (a.winners != nullptr) *reinterpret_cast<Vector<uint8_t, K>*>(a.winners + o) = winners;
+      if (a.winners != nullptr) store_whole(a.winners + o, winners);
     });
   }
   if (a.partials == nullptr) return;
-  fold_rows(sums, parameters + kAffineParameters * columns.count, t.threads_x, t.threads_y, Add());
-  write_partials(a.partials, sums, t, a.plan.pass, block);
+  double totals[2][K];
+#pragma unroll
+  for (int i = 0; i < K; ++i) {
+    totals[0][i] = sums[0][i];
+    totals[1][i] = sums[1][i];
+  }
+  fold_rows(totals, scratch, t.threads_x, t.threads_y);
+  write_partials(a.partials, totals, t, a.plan.pass, block);
 }
 
 // What one thread of the last pass knows of its channels.
@@ -325,10 +376,10 @@ struct Gradient {
       const A inner = multiply_add(of_x[k], static_cast<A>(x.at[k]) - bn.mean[k], constant[k]);
       dx.at[k] = static_cast<T>(a.norm.training ? multiply_add(bn.scale[k], g[k], inner) : bn.scale[k] * g[k]);
     }
-    *reinterpret_cast<Vector<T, K>*>(a.dx + i) = dx;
+    store_whole(a.dx + i, dx);
   }
   __device__ Vector<T, K> load_x(const PoolArguments<T>& a, int64_t i) const {
-    return a.norm.training ? *reinterpret_cast<const Vector<T, K>*>(a.norm.x + i) : Vector<T, K>{};
+    return a.norm.training ? load_whole<Vector<T, K>>(a.norm.x + i) : Vector<T, K>{};
   }
 };
 
@@ -339,8 +390,8 @@ struct Sent {
   Vector<uint8_t, K> winners;
 
   __device__ void load(const PoolArguments<T>& a, int64_t o) {
-    dy = *reinterpret_cast<const Vector<T, K>*>(a.dy + o);
-    winners = *reinterpret_cast<const Vector<uint8_t, K>*>(a.winners + o);
+    dy = load_whole<Vector<T, K>>(a.dy + o);
+    winners = load_whole<Vector<uint8_t, K>>(a.winners + o);
   }
   __device__ void add_to(Compute<T> (&g)[K], int at) const {
 #pragma unroll
@@ -374,47 +425,38 @@ __device__ inline void gradient_of_pixel(
   gradient.store(a, i, x, g);
 }
 
-// Positions are squares of four pixels, for windows 3x3 with stride 2, padding 1 and dilation 1: the windows that the
-// four have are the square's own and its neighbours to the right and below.
+// Positions are pairs of pixels, for windows 3x3 with stride 2, padding 1 and dilation 1: pixel 2w is position 1 of
+// window w in its row, and pixel 2w + 1 is position 2 of window w and 0 of the next. Columns of pixels likewise.
 template <typename T, int K>
-__device__ inline void gradient_of_square(
+__device__ inline void gradient_of_pair(
     const PoolArguments<T>& a, const Gradient<T, K>& gradient, int64_t channel, int64_t image, int row, int column) {
   const Window& p = a.window;
-  const int64_t first_o = image * a.of_y.n + channel * a.of_y.c + row * a.of_y.h + column * a.of_y.w;
-  const int64_t first_i = image * a.of_x.n + channel * a.of_x.c + 2 * (row * a.of_x.h + column * a.of_x.w);
-  const bool has_h[2] = {true, row + 1 < p.out_height}, has_w[2] = {true, column + 1 < p.out_width};
-  const bool in_h[2] = {true, 2 * row + 1 < p.height}, in_w[2] = {true, 2 * column + 1 < p.width};
-  Sent<T, K> sent[2][2];
-  Vector<T, K> x[2][2];
+  const int64_t first_i = image * a.of_x.n + channel * a.of_x.c + row * a.of_x.h + 2 * column * a.of_x.w;
+  const int64_t first_o = image * a.of_y.n + channel * a.of_y.c + (row / 2) * a.of_y.h + column * a.of_y.w;
+  const bool is_odd = row % 2 != 0, is_pair = 2 * column + 1 < p.width, has_next = column + 1 < p.out_width;
+  const bool has_row[2] = {true, is_odd && row / 2 + 1 < p.out_height};
+  const int in_row[2] = {is_odd ? 6 : 3, 0};  // the position in the windows' rows
+  Vector<T, K> x[2];
+  x[0] = gradient.load_x(a, first_i);
+  if (is_pair) x[1] = gradient.load_x(a, first_i + a.of_x.w);
+  Compute<T> g[2][K] = {};
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-#pragma unroll
-    for (int w = 0; w < 2; ++w) {
-      if (in_h[h] && in_w[w]) x[h][w] = gradient.load_x(a, first_i + h * a.of_x.h + w * a.of_x.w);
-      if (has_h[h] && has_w[w]) sent[h][w].load(a, first_o + h * a.of_y.h + w * a.of_y.w);
-    }
+    if (!has_row[h]) continue;
+    Sent<T, K> own, next;
+    own.load(a, first_o + h * a.of_y.h);
+    if (has_next) next.load(a, first_o + h * a.of_y.h + a.of_y.w);
+    own.add_to(g[0], in_row[h] + 1);
+    own.add_to(g[1], in_row[h] + 2);
+    if (has_next) next.add_to(g[1], in_row[h]);
   }
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-#pragma unroll
-    for (int w = 0; w < 2; ++w) {
-      if (!in_h[h] || !in_w[w]) continue;
-      Compute<T> g[K] = {};
-      // Pixel h is position 1 + h of the square's own window, and position 0 of the next if h is 1.
-#pragma unroll
-      for (int u = 0; u <= h; ++u) {
-#pragma unroll
-        for (int v = 0; v <= w; ++v) {
-          if (has_h[u] && has_w[v]) sent[u][v].add_to(g, (1 + h - 2 * u) * 3 + 1 + w - 2 * v);
-        }
-      }
-      gradient.store(a, first_i + h * a.of_x.h + w * a.of_x.w, x[h][w], g);
-    }
-  }
+  gradient.store(a, first_i, x[0], g[0]);
+  if (is_pair) gradient.store(a, first_i + a.of_x.w, x[1], g[1]);
 }
 
-template <typename T, int K, bool kSquares>
-__global__ void __launch_bounds__(plan::kThreads) pool_gradient_kernel(const PoolArguments<T> a) {
+template <typename T, int K, bool kPairs>
+__global__ void __launch_bounds__(plan::kPoolThreads, kBlocks)
+    pool_gradient_kernel(const __grid_constant__ PoolArguments<T> a) {
   using A = Compute<T>;
   const Tiles& t = a.plan.tiles;
   const BlockPlace block(t, a.plan.pass, blockIdx.x, a.reverse);
@@ -436,8 +478,8 @@ __global__ void __launch_bounds__(plan::kThreads) pool_gradient_kernel(const Poo
   get_columns(gradient.of_x, coefficients, t);
   get_columns(gradient.constant, coefficients + columns.count, t);
   for_each_position(a.plan, block, [&](int64_t image, int row, int column) {
-    if constexpr (kSquares) {
-      gradient_of_square(a, gradient, channel, image, row, column);
+    if constexpr (kPairs) {
+      gradient_of_pair(a, gradient, channel, image, row, column);
     } else {
       gradient_of_pixel(a, gradient, channel, image, row, column);
     }
@@ -446,7 +488,7 @@ __global__ void __launch_bounds__(plan::kThreads) pool_gradient_kernel(const Poo
 
 // ---- launches ----
 
-constexpr int kWindowChunksPerSm = 8, kPixelChunksPerSm = 16;
+constexpr int kWindowChunksPerSm = 12, kPixelChunksPerSm = 32;
 constexpr int64_t kMostExtent = 1 << 30;  // coordinates and sizes of windows fit in an int
 
 Window window_of(const Pooling& p) {
@@ -513,19 +555,17 @@ class PoolLauncher {
     arguments.reverse = false;
     auto* kernel = is_three() ? (vectors_ ? pool_winners_kernel<T, kVector<T>, 3> : pool_winners_kernel<T, 1, 3>)
                               : (vectors_ ? pool_winners_kernel<T, kVector<T>, 0> : pool_winners_kernel<T, 1, 0>);
-    launch(kernel, kAffineParameters, 2 * windows.tiles.threads() / 2 * lanes());
+    launch(kernel, kAffineParameters, 2 * (windows.tiles.threads() / 2) * lanes());
   }
 
   void gradient() {
     const Pooling& p = pooling_;
-    const bool squares = is_three() && p.stride_h == 2 && p.stride_w == 2 && p.pad_h == 1 && p.pad_w == 1 &&
-                         p.dilation_h == 1 && p.dilation_w == 1;
-    const int side = squares ? 2 : 1;
-    arguments.plan = plan(ceil_div(p.height, side), ceil_div(p.width, side), kPixelChunksPerSm);
+    const bool pairs = is_three() && p.stride_h == 2 && p.stride_w == 2 && p.pad_h == 1 && p.pad_w == 1 &&
+                       p.dilation_h == 1 && p.dilation_w == 1;
+    arguments.plan = plan(p.height, pairs ? ceil_div(p.width, 2) : p.width, kPixelChunksPerSm);
     arguments.reverse = true;
-    auto* kernel = squares
-                       ? (vectors_ ? pool_gradient_kernel<T, kVector<T>, true> : pool_gradient_kernel<T, 1, true>)
-                       : (vectors_ ? pool_gradient_kernel<T, kVector<T>, false> : pool_gradient_kernel<T, 1, false>);
+    auto* kernel = pairs ? (vectors_ ? pool_gradient_kernel<T, kVector<T>, true> : pool_gradient_kernel<T, 1, true>)
+                         : (vectors_ ? pool_gradient_kernel<T, kVector<T>, false> : pool_gradient_kernel<T, 1, false>);
     launch(kernel, kAffineParameters + 2, 0);
   }
 
@@ -539,9 +579,9 @@ class PoolLauncher {
     return plan_pool(problem, sms_, most_chunks_per_sm);
   }
 
-  void launch(void (*kernel)(const PoolArguments<T>), int parameters, int64_t scratch) const {
+  void launch(void (*kernel)(const PoolArguments<T>), int parameters, int64_t doubles) const {
     const Tiles& t = arguments.plan.tiles;
-    const int64_t shared = sizeof(Compute<T>) * (parameters * t.threads_x * lanes() + scratch);
+    const int64_t shared = sizeof(Compute<T>) * parameters * t.threads_x * lanes() + sizeof(double) * doubles;
     launch_with_shared(kernel, t.tiles * arguments.plan.pass.chunks, t.threads(), shared, stream_, arguments);
   }
 
@@ -639,7 +679,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_max_pool_backward_cuda(
     if (sums) {
       a.to = {channel_vector<T>(dweight), channel_vector<T>(dbias), training ? data<A>(workspace) + partials : nullptr};
       launch_finish_gradients<T>(
-          {windows.tiles, windows.pass.chunks, 1, a.partials, {a.norm, {}}, {a.to, {}}}, device.stream());
+          {windows.tiles, windows.pass.chunks, 1, a.partials, {a.norm, {}}, {a.to, {}}},
+          plan::finish_threads(windows.pass.chunks),
+          device.stream());
     }
     if (need_dx) launcher.gradient();
   });

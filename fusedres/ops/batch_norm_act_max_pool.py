@@ -132,6 +132,7 @@ BATCH_NORM_ACT_MAX_POOL = define(
     f"(Tensor x, {_NORM.format('', 'a', 'b', 'c')}, bool relu, {_WINDOW}) -> (Tensor out, Tensor stats)",
     _batch_norm_act_max_pool_reference,
     _batch_norm_act_max_pool_fake,
+    cuda=True,
 )
 
 BATCH_NORM_ACT_MAX_POOL_BACKWARD = define(
@@ -140,6 +141,7 @@ BATCH_NORM_ACT_MAX_POOL_BACKWARD = define(
     f" {_WINDOW}, bool need_dx, bool need_affine) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     _batch_norm_act_max_pool_backward_reference,
     _batch_norm_act_max_pool_backward_fake,
+    cuda=True,
 )
 
 
