@@ -280,6 +280,31 @@ def _batch_norm_add_batch_norm_act_backward_fake(
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
 
+
+def _triton_batch_norm_act() -> Any:
+    from ..kernels.batch_norm_act import batch_norm_act
+
+    return batch_norm_act
+
+
+def _triton_batch_norm_act_backward() -> Any:
+    from ..kernels.batch_norm_act import batch_norm_act_backward
+
+    return batch_norm_act_backward
+
+
+def _triton_batch_norm_add_batch_norm_act() -> Any:
+    from ..kernels.batch_norm_act import batch_norm_add_batch_norm_act
+
+    return batch_norm_add_batch_norm_act
+
+
+def _triton_batch_norm_add_batch_norm_act_backward() -> Any:
+    from ..kernels.batch_norm_act import batch_norm_add_batch_norm_act_backward
+
+    return batch_norm_add_batch_norm_act_backward
+
+
 _NORM = (
     "Tensor? weight{0}, Tensor? bias{0}, Tensor({1}!)? running_mean{0}, Tensor({2}!)? running_var{0}, "
     "Tensor({3}!)? num_batches_tracked{0}, bool training{0}, float? momentum{0}, float eps{0}"
@@ -292,6 +317,7 @@ BATCH_NORM_ACT = define(
     _batch_norm_act_reference,
     _batch_norm_act_fake,
     cuda=True,
+    triton=_triton_batch_norm_act,
 )
 
 BATCH_NORM_ACT_BACKWARD = define(
@@ -302,6 +328,7 @@ BATCH_NORM_ACT_BACKWARD = define(
     _batch_norm_act_backward_reference,
     _batch_norm_act_backward_fake,
     cuda=True,
+    triton=_triton_batch_norm_act_backward,
 )
 
 BATCH_NORM_ADD_BATCH_NORM_ACT = define(
@@ -311,6 +338,7 @@ BATCH_NORM_ADD_BATCH_NORM_ACT = define(
     _batch_norm_add_batch_norm_act_reference,
     _batch_norm_add_batch_norm_act_fake,
     cuda=True,
+    triton=_triton_batch_norm_add_batch_norm_act,
 )
 
 BATCH_NORM_ADD_BATCH_NORM_ACT_BACKWARD = define(
@@ -322,6 +350,7 @@ BATCH_NORM_ADD_BATCH_NORM_ACT_BACKWARD = define(
     _batch_norm_add_batch_norm_act_backward_reference,
     _batch_norm_add_batch_norm_act_backward_fake,
     cuda=True,
+    triton=_triton_batch_norm_add_batch_norm_act_backward,
 )
 
 

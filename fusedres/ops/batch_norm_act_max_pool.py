@@ -125,6 +125,18 @@ def _batch_norm_act_max_pool_backward_fake(
     return dx, dweight, dbias
 
 
+def _triton_batch_norm_act_max_pool() -> Any:
+    from ..kernels.batch_norm_act_max_pool import batch_norm_act_max_pool
+
+    return batch_norm_act_max_pool
+
+
+def _triton_batch_norm_act_max_pool_backward() -> Any:
+    from ..kernels.batch_norm_act_max_pool import batch_norm_act_max_pool_backward
+
+    return batch_norm_act_max_pool_backward
+
+
 _WINDOW = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode"
 
 BATCH_NORM_ACT_MAX_POOL = define(
@@ -133,6 +145,7 @@ BATCH_NORM_ACT_MAX_POOL = define(
     _batch_norm_act_max_pool_reference,
     _batch_norm_act_max_pool_fake,
     cuda=True,
+    triton=_triton_batch_norm_act_max_pool,
 )
 
 BATCH_NORM_ACT_MAX_POOL_BACKWARD = define(
@@ -142,6 +155,7 @@ BATCH_NORM_ACT_MAX_POOL_BACKWARD = define(
     _batch_norm_act_max_pool_backward_reference,
     _batch_norm_act_max_pool_backward_fake,
     cuda=True,
+    triton=_triton_batch_norm_act_max_pool_backward,
 )
 
 
