@@ -161,14 +161,18 @@ def cases() -> dict[str, Callable[[], Any]]:
     return table
 
 
-def launches(call: Callable[[], Any]) -> list[tuple[JITFunction, dict[str, Any]]]:
+def launches(call: Callable[[], Any], wavefront: int = 32) -> list[tuple[JITFunction, dict[str, Any]]]:
     """What ``call`` launches: kernels and their arguments by name; nothing runs."""
     seen: list[tuple[JITFunction, dict[str, Any]]] = []
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         seen.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
 
-    with mock.patch.object(JITFunction, "run", record), mock.patch.object(common, "device_of", return_value=DEVICE):
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(common, "device_of", return_value=DEVICE),
+        mock.patch.object(common, "WAVEFRONT", wavefront),
+    ):
         call()
     return seen
 
@@ -232,7 +236,7 @@ def _amd(built: Any) -> dict[str, Any]:
 
     return {
         "registers": numbers["vgpr_count"],
-        "spills": numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"],
+        "spills": numbers["vgpr_spill_count"],
         "shared": built.metadata.shared,
         "load": widest("load"),
         "store": widest("store"),
@@ -246,16 +250,16 @@ def rows(targets: tuple[str, ...] = tuple(TARGETS), pattern: str = "*") -> Itera
     """One row per kernel launch of the cases that match ``pattern`` and target.
 
     Keys: ``case`` (op, dtype, layout), ``kernel``, ``target``, ``warps``; ``registers`` per thread, ``spills`` (bytes
-    of local memory; AMD: registers), ``shared`` memory in bytes, ``load`` and ``store`` (bytes of the widest global
-    access), ``wide_loads`` and ``wide_stores`` (number of 16-byte ones), ``float_atomics``.
+    of local memory; AMD: vector registers), ``shared`` memory in bytes, ``load`` and ``store`` (bytes of the widest
+    global access), ``wide_loads`` and ``wide_stores`` (number of 16-byte ones), ``float_atomics``.
     """
     done: dict[Any, dict[str, Any]] = {}
     for case, call in cases().items():
         if not fnmatch.fnmatchcase(case, pattern):
             continue
-        for kernel, arguments in launches(call):
-            source, options = source_of(kernel, dict(arguments))
-            for target in targets:
+        for target in targets:
+            for kernel, arguments in launches(call, TARGETS[target].warp_size):
+                source, options = source_of(kernel, dict(arguments))
                 key = (source.hash(), target)
                 if key not in done:
                     built = triton.compile(source, target=TARGETS[target], options=options)

@@ -26,6 +26,7 @@ from .common import (
     in_reverse,
     kept,
     laid_out_like,
+    launch_options,
     layout_of,
     locate,
     mask_width,
@@ -603,7 +604,7 @@ def launch_statistics(norms: list[Norm]) -> None:
         COLS=plan.tile_cols,
         BLOCK_P=_block_of_parts(plan.parts),
         BLOCK_C=BLOCK_C,
-        num_warps=4,
+        **launch_options(128),
     )
 
 
@@ -780,9 +781,9 @@ def _load_tile(
             byte_at = first_byte + t * ROWS * byte_stride
             bytes = tl.load(mask_ptr + byte_at + byte_offset, mask=row_exists & byte_exists, other=0)
         else:
-            element = at + offset
-            bytes = tl.load(mask_ptr + (element >> 3), mask=inside, other=0).to(tl.int32)
-            bytes = bytes >> (element & 7).to(tl.int32)
+            bit = (at & 7).to(tl.int32) + offset
+            bytes = tl.load(mask_ptr + (at >> 3) + (bit >> 3), mask=inside, other=0).to(tl.int32)
+            bytes = bytes >> (bit & 7).to(tl.int32)
     return inside, dy, x, x2, bytes
 
 
@@ -916,9 +917,9 @@ def _accumulate(
     )
     if SUMS:
         s += g
-        s1 += g * centred
+        s1 = tl.fma(g, centred, s1)
         if PAIR:
-            s2 += g * centred2
+            s2 = tl.fma(g, centred2, s2)
     if dx_ptr is not None:
         _store_tile(dx_ptr, scale * g, t, count, slab, col_tile, row, channels, width, LAYOUT, ROWS, COLS, WIDE)
     if dx2_ptr is not None:
@@ -1730,7 +1731,7 @@ def launch_backward_finalise(
         parts=plan.parts,
         BLOCK_P=_block_of_parts(plan.parts),
         BLOCK_C=BLOCK_C,
-        num_warps=4,
+        **launch_options(128),
     )
 
 

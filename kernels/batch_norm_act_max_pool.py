@@ -313,7 +313,7 @@ def _pool_reduce_kernel(
             dy = tl.load(dy_ptr + at + offset, mask=inside, other=0.0).to(mean.dtype)
             g = tl.where(keep, dy, 0.0)
             s += g
-            s1 += g * centred
+            s1 = tl.fma(g, centred, s1)
         if winner_ptr is not None:
             place = tl.where(keep, place, -1)
             tl.store(winner_ptr + at + offset, place.to(winner_ptr.dtype.element_ty), mask=inside)

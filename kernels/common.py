@@ -106,8 +106,8 @@ def _welford(x, inside, shift, mean, m2, k):
     k += 1.0
     d = tl.where(inside, x.to(mean.dtype) - shift, mean)
     delta = d - mean
-    mean += delta * (1.0 / k)
-    m2 += delta * (d - mean)
+    mean = tl.fma(delta, 1.0 / k, mean)
+    m2 = tl.fma(delta, d - mean, m2)
     return mean, m2, k
 
 
@@ -254,8 +254,8 @@ def shift_of(bias_ptr, rstd, channel, channels):
 
 @triton.jit
 def normalised(x, mean, low, scale, shift):
-    """(centred x, bn(x)). The one expression of forward and backward: nothing here can be contracted in two ways, so
-    that the sign of an activation is the same in both."""
+    """(centred x, bn(x)). The one expression of forward and backward: nothing in it is left to the compiler, so that
+    the sign of an activation is the same in both."""
     centred = (x - mean) - low
     return centred, tl.fma(centred, scale, shift)
 
@@ -303,7 +303,8 @@ INTERPRETED_DEVICE = Device(4, 1 << 20)
 # two (16 bit) or four (32 bit) 16-byte accesses per thread and tensor; of one that reduces four, one per quarter.
 APPLY_TILE = {2: 4096, 4: 4096, 8: 2048}
 REDUCE_TILE = {2: 8192, 4: 4096, 8: 2048}
-WARPS = 8
+THREADS = 256
+WAVEFRONT = 64 if torch.version.hip else 32
 SLAB_BYTES = 128  # across a channels_last tile: four sectors, one line
 ONE_PASS_SLAB_BYTES = 32  # one sector: narrow slabs make more programs
 ONE_PASS_BYTES = 64 << 10  # of x in a slab, up to which one program does it all
@@ -373,7 +374,9 @@ def _plan(shape: tuple[int, ...], layout: str, itemsize: int, device: Device, sl
     else:
         rows, width, cols = 1, n * c * h * w, tile
         slabs, col_tiles = 1, max(1, triton.cdiv(width, cols))
-    tile_rows = max(1, tile // cols)
+    if reduces and _vec(width, itemsize) * itemsize < 16:
+        tile //= 2  # addresses and masks of narrow accesses take registers
+    tile_rows = max(4, tile // cols) if reduces else max(1, tile // cols)
     row_tiles = max(1, triton.cdiv(rows, tile_rows))
     programs = device.processors * PROGRAMS_PER_PROCESSOR * (1 if reduces else 2)
     wanted = triton.cdiv(slabs * col_tiles * row_tiles, programs)
@@ -418,6 +421,11 @@ def one_pass_plan(x: Tensor) -> Plan | None:
     return plan._replace(chunk_rows=max(1, plan.rows), chunks=1)
 
 
+def launch_options(threads: int) -> dict[str, Any]:
+    """No contraction but what the kernels say themselves (``tl.fma``): the same bits from every compiler."""
+    return {"num_warps": threads // WAVEFRONT, "enable_fp_fusion": False}
+
+
 def geometry(x: Tensor, plan: Plan, reverse: bool = False) -> dict[str, Any]:
     """The launch arguments that say where tiles lie."""
     stride = plan.width * (x.size(1) if plan.layout == "contiguous" else 1)
@@ -434,7 +442,7 @@ def geometry(x: Tensor, plan: Plan, reverse: bool = False) -> dict[str, Any]:
         "ROWS": plan.tile_rows,
         "COLS": plan.tile_cols,
         "WIDE": plan.tile_rows * stride + plan.width + plan.tile_cols >= 2**31,
-        "num_warps": WARPS,
+        **launch_options(THREADS),
     }
 
 

@@ -10,6 +10,7 @@ dweight, dbias and dx follow as in ``batch_norm_act``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,18 @@ from .batch_norm_act import (
 from .checks import pooled_size
 from .layout import is_channels_last
 from .registry import define
-from .traffic import COEFFICIENTS, COUNTER, PARTIALS, STATS, SUMS, Sizes, Traffic, backward_traffic, forward_traffic
+from .traffic import (
+    COEFFICIENTS,
+    COUNTER,
+    PARTIALS,
+    STATS,
+    SUMS,
+    Launch,
+    Sizes,
+    Traffic,
+    backward_traffic,
+    forward_traffic,
+)
 
 Pair = tuple[int, int]
 
@@ -228,15 +240,23 @@ def batch_norm_act_max_pool_backward_traffic(
     param_dtype: torch.dtype | None = None,
     window: tuple[Pair, Pair, Pair, Pair, bool] = _STEM,
     tiles: int = 1,
+    stored_winners: bool = False,
 ) -> Traffic:
-    """Bytes of the backward; arguments as in :func:`batch_norm_act_max_pool_traffic`. ReLU costs nothing."""
+    """Bytes of the backward; arguments as in :func:`batch_norm_act_max_pool_traffic`. ReLU costs nothing.
+
+    Args:
+        stored_winners: whether the first pass leaves the winner of each window for the second, one byte or for windows
+            of more than 255 positions four, as the Triton kernels do for dx; then evaluation has two passes as well.
+    """
     s = Sizes(shape, dtype, layout, param_dtype)
     need_affine = affine if need_affine is None else need_affine
-    return backward_traffic(
-        inputs=s.x + Sizes(_pooled(shape, window), dtype, layout).x,
+    pooled = _pooled(shape, window)
+    found = backward_traffic(
+        inputs=s.x + Sizes(pooled, dtype, layout).x,
         gradients=need_dx * s.x,
         early=0,
         params=_backward_params(s, affine, True, True),
+        sign_params=_backward_params(s, affine, True, False),
         stats=STATS * s.wide,
         affine_grads=2 * need_affine * (s.param if affine else s.wide),
         partials=SUMS * s.wide * tiles,
@@ -244,6 +264,19 @@ def batch_norm_act_max_pool_backward_traffic(
         training=training,
         form="two_pass",
     )
+    if not (stored_winners and need_dx):
+        return found
+    winners = math.prod(pooled) * (1 if math.prod(window[0]) < 256 else 4)
+    covered, dy = _covered(shape, window) * dtype.itemsize, Sizes(pooled, dtype, layout).x
+    weight, stats = affine * s.param, STATS * s.wide
+    sums = training or need_affine
+    reduce = Launch("reduce", covered + dy * sums + 2 * weight + stats, winners + SUMS * s.wide * tiles * sums)
+    apply = Launch(
+        "apply",
+        dy + winners + weight + stats + training * (s.x + COEFFICIENTS * s.wide),
+        s.x,
+    )
+    return Traffic(found.floor, (reduce, *(launch for launch in found.launches if launch.name == "finalise"), apply))
 
 
 class BatchNormActMaxPoolFunction(Function):

@@ -160,6 +160,7 @@ def backward_traffic(
     gradients: int,
     early: int,
     params: int,
+    sign_params: int,
     stats: int,
     affine_grads: int,
     partials: int,
@@ -172,23 +173,25 @@ def backward_traffic(
     Args:
         inputs: dy, the normalised tensors and the mask: what each pass reads. gradients: dx, zero where not wanted.
         early: gradients that need no sums (of the residual); written by the last pass.
-        params: weight and bias. stats: the saved statistics. affine_grads: dweight and dbias, zero where not wanted.
+        params: weight and bias, as far as they are used; sign_params: those that recompute the sign of the activation.
+        stats: the saved statistics. affine_grads: dweight and dbias, zero where not wanted.
         partials: what the first pass leaves for ``finalise``. coefficients: what that leaves for ``apply``.
     """
     one_pass = check_form(form)
     sums = affine_grads > 0 or (training and gradients > 0)
+    rstd = stats // STATS
     read, written = inputs + params + stats, gradients + early + affine_grads
     if one_pass or not sums:
         return Traffic(read + written, (Launch("one_pass" if sums else "apply", read, written),))
     if not training or not gradients:
         # nothing waits for the sums but the gradients of weight and bias
         first = Launch("apply" if gradients else "reduce", read, gradients + early + partials)
-        return Traffic(read + written, (first, Launch("finalise", partials + stats, affine_grads)))
+        return Traffic(read + written, (first, Launch("finalise", partials + rstd, affine_grads)))
     return Traffic(
         inputs + read + written,
         (
-            Launch("reduce", read, partials),
-            Launch("finalise", partials + stats + params, affine_grads + coefficients),
+            Launch("reduce", inputs + sign_params + stats, partials),
+            Launch("finalise", partials + rstd, affine_grads + coefficients),
             Launch("apply", read + coefficients, gradients + early),
         ),
     )

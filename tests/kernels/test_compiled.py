@@ -1,0 +1,67 @@
+"""The Triton kernels compiled for GPUs that are not here: what the machine code has (benchmarks/compiled_triton.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+ROOT = Path(__file__).parents[2]
+REGISTERS = {"80": 255, "90": 255, "100": 255, "gfx942": 512}  # that a thread may have
+# (target, cases): every kernel for sm_90, its most used forms for the others; `make test-full` compiles them all
+QUICK = [
+    ("90", "batch_norm_a* *bf16 channels_last"),
+    ("80", "batch_norm_act_backward+residual bf16 channels_last"),
+    ("100", "batch_norm_act_backward+residual bf16 channels_last"),
+    ("gfx942", "batch_norm_act_backward+residual bf16 channels_last"),
+    ("gfx942", "batch_norm_act_max_pool_backward bf16 channels_last"),
+]
+
+
+def compile_rows(tmp_path: Path, targets: str, cases: str) -> list[dict]:
+    """In its own process: triton's driver setup and its interpreter exclude each other."""
+    environ = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONSAFEPATH": ""}
+    environ.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "benchmarks.compiled_triton", "--targets", targets, "--cases", cases]
+    result = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def check(row: dict) -> None:
+    name = f"{row['kernel']} in {row['case']} on {row['target']}"
+    assert row["spills"] == 0, f"{name} spills"
+    assert row["float_atomics"] == 0, f"{name} has float atomics"
+    assert row["registers"] <= REGISTERS[row["target"]], f"{name}: {row['registers']} registers"
+    assert row["shared"] <= 8192, f"{name}: {row['shared']} bytes of shared memory"
+    if "finalise" in row["kernel"] or " odd " in row["case"]:
+        return
+    if "channels_last" in row["case"]:
+        assert row["load"] == 16, f"{name}: widest load {row['load']}"
+        assert row["wide_loads"] >= 2, f"{name}: {row['wide_loads']} loads of 16 bytes"
+        stores_tensor = "apply" in row["kernel"] or row["kernel"] in ("_pool_kernel", "_one_pass_kernel")
+        assert row["store"] == 16 or not stores_tensor, f"{name}: widest store {row['store']}"
+
+
+@pytest.mark.parametrize(("target", "cases"), QUICK)
+def test_compiled(tmp_path, target, cases):
+    rows = compile_rows(tmp_path, target, cases)
+    assert rows
+    for row in rows:
+        check(row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["80", "90", "100", "gfx942"])
+def test_every_kernel_compiled(tmp_path, target):
+    rows = compile_rows(tmp_path, target, "*")
+    assert len({row["kernel"] for row in rows}) == 13
+    for row in rows:
+        check(row)
