@@ -33,7 +33,8 @@ test-full: $(VENV)/.installed-test check-abi sanitize  ## the long tier: slow te
 
 # Installs nothing into the environment: the package is built into build/gpu.
 gpu:  ## on a machine with a GPU: build, verify, test and measure, within 9 minutes (ARGS="--only build --only ops" for some)
-	@$(or $(wildcard $(VENV)/bin/python),$(PYTHON)) -m benchmarks.gpu $(ARGS)
+	@$(if $(filter file,$(origin FUSEDRES_BUILD_CUDA)),FUSEDRES_BUILD_CUDA=) \
+		$(or $(wildcard $(VENV)/bin/python),$(PYTHON)) -m benchmarks.gpu $(ARGS)
 
 lint: $(VENV)/.lint  ## ruff and clang-format, changing nothing
 	$(VENV)/bin/ruff check .

@@ -203,6 +203,20 @@ def test_raw_ops_refuse_tensors_of_another_device(backend):
         assert torch.equal(vectors[3], torch.ones_like(vectors[3]))
 
 
+def test_pooling_windows_that_are_too_large(backend):
+    """One that does not fit the image is refused before anything moves; one of very many taps is eager's."""
+    with served_by(backend, "batch_norm_act_max_pool"):
+        x = torch.randn(2, 6, 20, 20, device=DEVICE)
+        mean, var = torch.zeros(6, device=DEVICE), torch.ones(6, device=DEVICE)
+        with pytest.raises(RuntimeError):
+            F.batch_norm_act_max_pool(x, mean, var, kernel_size=30, stride=1, padding=0, training=True)
+        assert torch.equal(mean, torch.zeros_like(mean))
+        out = F.batch_norm_act_max_pool(x, mean, var, kernel_size=18, stride=1, padding=0, training=True)
+        y = torch.nn.functional.batch_norm(x, None, None, training=True).relu()
+        torch.testing.assert_close(out, torch.nn.functional.max_pool2d(y, 18, 1), rtol=1e-5, atol=1e-5)
+        assert not torch.equal(mean, torch.zeros_like(mean))
+
+
 def test_backend_of_another_device():
     x = torch.ones(2, 3, 4, 5)
     with fusedres.use_backend("cuda"), pytest.raises(RuntimeError, match="'cuda' cannot serve add_act"):
