@@ -27,6 +27,8 @@ struct Tiling {
   int64_t height;        // rows (a partial one included), or the batch
   int64_t block_height;  // of the blocks that are summed separately
   int64_t blocks;
+  // A small tensor is summed in double: so few roundings do not average out, and eager may be lucky with them.
+  bool sums_in_double;
 
   explicit Tiling(const Layout4d& layout_) : layout(layout_) {
     STD_TORCH_CHECK(layout.numel() > 0, "x must not be empty");
@@ -46,6 +48,7 @@ struct Tiling {
       block_height = channels >= 64 ? height : ceil_div(height, std::min<int64_t>(height, 8));
     }
     blocks = ceil_div(height, block_height);
+    sums_in_double = layout.numel() <= kSerialElements;
   }
 
   // Values of column c in a block.
@@ -285,9 +288,9 @@ class Norm {
     double* mean = mean_ + block * tiling_.columns;
     double* m2 = m2_ + block * tiling_.columns;
     if (tiling_.layout.channels_last) {
-      kernels.statistics_rows(x_, tiling_.rows, range, mean, m2);
+      kernels.statistics_rows(x_, tiling_.rows, range, tiling_.sums_in_double, mean, m2);
     } else {
-      kernels.statistics_planes(x_, tiling_.planes, range, mean, m2);
+      kernels.statistics_planes(x_, tiling_.planes, range, tiling_.sums_in_double, mean, m2);
     }
   }
 

@@ -4,28 +4,55 @@
 
 #if defined(FUSEDRES_ISA)
 
+#include <limits>
+#include <type_traits>
+
 #include "traverse.h"
 
 namespace fusedres::cpu {
 namespace {
 
+// What sums are kept in.
+template <class T, bool kInDouble>
+using Sums = std::conditional_t<kInDouble, Compute<double>, Compute<T>>;
+
+// Calls f with a constant, whether sums are to be in double; for doubles they are in any case.
+template <class T, class F>
+FUSEDRES_INLINE void with_sums(bool in_double, const F& f) {
+  if (in_double && !std::is_same_v<T, double>) {
+    f(std::bool_constant<!std::is_same_v<T, double>>());
+  } else {
+    f(std::false_type());
+  }
+}
+
+template <class To, class From>
+FUSEDRES_INLINE To widened(From v) {
+  if constexpr (std::is_same_v<To, From>) {
+    return v;
+  } else {
+    return to_double(v);
+  }
+}
+
 // ---- statistics ----
 
 // Sums of x - shift and of its square. The shift is the mean of a few samples of the range itself, which bounds the
-// cancellation in m2 = q - s*s/n whatever the data: (shift - mean)^2 is at most a fraction of m2.
-template <class T>
+// cancellation in m2 = q - s*s/n whatever the data: (shift - mean)^2 is at most a fraction of m2. It has few
+// significant bits where the data allow it: x - shift, and for 16-bit x often its sums, are then exact.
+template <class T, bool kInDouble>
 struct Deviations {
-  using Scalar = typename Compute<T>::Scalar;
-  using Vec = typename Compute<T>::Vec;
+  using Scalar = typename Sums<T, kInDouble>::Scalar;
+  using Vec = typename Sums<T, kInDouble>::Vec;
   static constexpr int kSlots = 1;
   static constexpr int kSums = 2;
-  static constexpr int64_t kTile = 16;  // short: eager's sums are in double, and so nearly exact
-  const Scalar* params;                 // the shift
+  static constexpr int64_t kTile = 16;        // short: eager's sums are in double, and so nearly exact
+  const typename Compute<T>::Scalar* params;  // the shift
   const T* x;
 
   template <bool kFull, class P>
   FUSEDRES_INLINE void accumulate(const P& p, Vec* s, int64_t i, int64_t, int n) const {
-    Vec d = get<kFull>(x + i, n) - p[0];
+    Vec d = widened<Vec>(get<kFull>(x + i, n)) - widened<Vec>(p[0]);
     if constexpr (!kFull) d = keep(first_lanes(n, d), d);
     s[0] = s[0] + d;
     s[1] = fma(d, d, s[1]);
@@ -33,6 +60,15 @@ struct Deviations {
 };
 
 constexpr int64_t kSamples = 8;
+
+// The mean of samples that lie within `range` of one another, rounded to about a sixteenth of that, a power of two.
+template <class V>
+FUSEDRES_INLINE V coarse(V mean, V range, const V factor) {
+  const V magic = range * factor;
+  return (mean + magic) - magic;
+}
+template <class S>
+constexpr S kCoarse = S(0.0625) * S(1.5) / std::numeric_limits<S>::epsilon();
 
 template <class T>
 FUSEDRES_INLINE double scalar(const T* p) {
@@ -60,8 +96,9 @@ FUSEDRES_INLINE void finish_statistics(
 }
 
 template <class T>
-void statistics_rows(const T* x, const Rows& rows, const Range& range, double* mean, double* m2) {
+void statistics_rows(const T* x, const Rows& rows, const Range& range, bool in_double, double* mean, double* m2) {
   using Scalar = typename Compute<T>::Scalar;
+  using Vec = typename Compute<T>::Vec;
   alignas(64) Scalar shift[kColumnChunk];
   const int64_t height = range.end - range.begin;
   for (int64_t chunk = range.c0; chunk < range.c1; chunk += kColumnChunk) {
@@ -73,10 +110,17 @@ void statistics_rows(const T* x, const Rows& rows, const Range& range, double* m
     for (int64_t c = chunk; samples == 0 && c < end && c < rows.tail; ++c) {
       shift[c - chunk] = static_cast<Scalar>(scalar(x + range.begin * rows.width + c));
     }
-    for (int64_t k = 0; k < samples; ++k) {
-      const T* row = x + (range.begin + k * full / samples) * rows.width;
-      const auto weight = broadcast(Scalar(1) / static_cast<Scalar>(samples));
-      for (int64_t c = chunk; c < end; c += kLanes) add_to(shift + c - chunk, load(row + c) * weight);
+    const auto weight = broadcast(Scalar(1) / static_cast<Scalar>(samples));
+    for (int64_t c = chunk; samples > 0 && c < end; c += kLanes) {
+      const auto sample = [&](int64_t k) { return load(x + (range.begin + k * full / samples) * rows.width + c); };
+      Vec sum = broadcast(Scalar(0)), low = sample(0), high = low;
+      for (int64_t k = 0; k < samples; ++k) {
+        const Vec v = sample(k);
+        sum = fma(v, weight, sum);
+        low = blend(greater_or_nan(low, v), v, low);
+        high = blend(greater_or_nan(v, high), v, high);
+      }
+      store(shift + c - chunk, coarse(sum, high - low, broadcast(kCoarse<Scalar>)));
     }
     for (int64_t c = chunk; c < end; ++c) {
       // A shift that is not finite would spoil sums that are.
@@ -84,7 +128,10 @@ void statistics_rows(const T* x, const Rows& rows, const Range& range, double* m
       mean[c] = m2[c] = 0.0;
     }
     double* const sums[] = {mean, m2};
-    reduce_rows<2 * kTogether<Scalar>>(Deviations<T>{shift - chunk, x}, rows, range.begin, range.end, chunk, end, sums);
+    with_sums<T>(in_double, [&]<bool kInDouble>(std::bool_constant<kInDouble>) {
+      constexpr int kRows = kInDouble ? 1 : 2 * kTogether<Scalar>;
+      reduce_rows<kRows>(Deviations<T, kInDouble>{shift - chunk, x}, rows, range.begin, range.end, chunk, end, sums);
+    });
     for (int64_t c = chunk; c < end; ++c) {
       const bool in_tail = range.end > rows.count && c >= rows.tail;
       const double count = static_cast<double>(height - (in_tail ? 1 : 0));
@@ -104,7 +151,7 @@ void statistics_rows(const T* x, const Rows& rows, const Range& range, double* m
 }
 
 template <class T>
-void statistics_planes(const T* x, const Planes& planes, const Range& range, double* mean, double* m2) {
+void statistics_planes(const T* x, const Planes& planes, const Range& range, bool in_double, double* mean, double* m2) {
   using Scalar = typename Compute<T>::Scalar;
   Scalar shift[kPlaneGroup];
   const int64_t height = range.end - range.begin;
@@ -116,14 +163,22 @@ void statistics_planes(const T* x, const Planes& planes, const Range& range, dou
     };
     const int64_t samples = count < kSamples ? count : kSamples;
     for (int64_t c = group; c < end; ++c) {
-      double sum = 0.0;
-      for (int64_t k = 0; k < samples; ++k) sum += scalar(at(c, k * count / samples));
-      const double sample_mean = sum / static_cast<double>(samples);
-      shift[c - group] = std::isfinite(sample_mean) ? static_cast<Scalar>(sample_mean) : Scalar(0);
+      double sum = 0.0, low = scalar(at(c, 0)), high = low;
+      for (int64_t k = 0; k < samples; ++k) {
+        const double v = scalar(at(c, k * count / samples));
+        sum += v;
+        low = v < low ? v : low;
+        high = v > high ? v : high;
+      }
+      const Scalar sample_mean = static_cast<Scalar>(sum / static_cast<double>(samples));
+      shift[c - group] = coarse(sample_mean, static_cast<Scalar>(high - low), kCoarse<Scalar>);
+      if (!std::isfinite(static_cast<double>(shift[c - group]))) shift[c - group] = 0;
       mean[c] = m2[c] = 0.0;
     }
     double* const sums[] = {mean, m2};
-    reduce_planes(Deviations<T>{shift - group, x}, planes, range.begin, range.end, group, end, sums);
+    with_sums<T>(in_double, [&]<bool kInDouble>(std::bool_constant<kInDouble>) {
+      reduce_planes(Deviations<T, kInDouble>{shift - group, x}, planes, range.begin, range.end, group, end, sums);
+    });
     for (int64_t c = group; c < end; ++c) {
       finish_statistics(c, static_cast<double>(count), shift[c - group], mean[c], m2[c], [&](int64_t channel) {
         double s = 0.0, q = 0.0;
@@ -204,20 +259,20 @@ void forward_planes(const ForwardArgs<T>& a, const Planes& planes, const Range& 
 
 // One vector of the inputs of a backward pass: the gradient that reaches the normalisation, which is dy where the ReLU
 // was open, and the centred x.
-template <class T, ReluMask kRelu, bool kPair, bool kFull>
+template <class T, bool kPair, bool kFull>
 struct Incoming {
   using Vec = typename Compute<T>::Vec;
   using Slot = Slots<kPair>;
   Vec centred, centred2, g;
 
   template <class P>
-  FUSEDRES_INLINE Incoming(const BackwardArgs<T>& a, const P& p, int64_t i, int64_t word, int n) {
+  FUSEDRES_INLINE Incoming(ReluMask relu, const BackwardArgs<T>& a, const P& p, int64_t i, int64_t word, int n) {
     centred = centred2 = get<kFull>(a.x + i, n) - p[Slot::mean];
     if constexpr (kPair) centred2 = get<kFull>(a.x2 + i, n) - p[Slot::mean2];
     g = get<kFull>(a.dy + i, n);  // lanes past the end are zero and add nothing
-    if constexpr (kRelu == ReluMask::stored) {
+    if (relu == ReluMask::stored) {
       g = keep(mask_from_bits(a.mask[word], g), g);
-    } else if constexpr (kRelu == ReluMask::recomputed) {
+    } else if (relu == ReluMask::recomputed) {
       Vec y = p[Slot::shift];
       if constexpr (kPair) y = fma(centred2, p[Slot::scale2], y);
       g = keep(positive<T>(fma(centred, p[Slot::scale], y)), g);
@@ -225,22 +280,28 @@ struct Incoming {
   }
 };
 
-template <class T, ReluMask kRelu, bool kPair>
+// In double, which is for small tensors, one body serves every kRelu.
+template <class T, ReluMask kRelu, bool kPair, bool kInDouble = false>
 struct Reduce {
-  using Scalar = typename Compute<T>::Scalar;
-  using Vec = typename Compute<T>::Vec;
+  using Scalar = typename Sums<T, kInDouble>::Scalar;
+  using Vec = typename Sums<T, kInDouble>::Vec;
+  using Slot = Slots<kPair>;
   static constexpr int kSlots = Slots<kPair>::backward;
   static constexpr int kSums = kPair ? 3 : 2;
   static constexpr int64_t kTile = kTogether<Scalar> > 1 ? 64 : 16;  // chains of 16 roundings
   const BackwardArgs<T> a;
-  const Scalar* params = a.params;
+  const typename Compute<T>::Scalar* params = a.params;
 
   template <bool kFull, class P>
   FUSEDRES_INLINE void accumulate(const P& p, Vec* s, int64_t i, int64_t word, int n) const {
-    const Incoming<T, kRelu, kPair, kFull> in(a, p, i, word, n);
-    s[0] = s[0] + in.g;
-    s[1] = fma(in.g, in.centred, s[1]);
-    if constexpr (kPair) s[2] = fma(in.g, in.centred2, s[2]);
+    const Incoming<T, kPair, kFull> in(kInDouble ? a.relu : kRelu, a, p, i, word, n);
+    const Vec g = widened<Vec>(in.g);
+    const auto centred = [&](const T* x, int mean) {
+      return widened<Vec>(get<kFull>(x + i, n)) - widened<Vec>(p[mean]);
+    };
+    s[0] = s[0] + g;
+    s[1] = fma(g, centred(a.x, Slot::mean), s[1]);
+    if constexpr (kPair) s[2] = fma(g, centred(a.x2, Slot::mean2), s[2]);
   }
 };
 
@@ -264,15 +325,18 @@ struct Backward {
   }
   template <bool kFull, class P>
   FUSEDRES_INLINE Values<Vec, 2> map(const P& p, int64_t i, int64_t word, int n) const {
-    const Incoming<T, kRelu, kPair, kFull> in(a, p, i, word, n);
+    const Incoming<T, kPair, kFull> in(kRelu, a, p, i, word, n);
     const Vec dx = gradient(a.uses_x, in.g, p[Slot::scale], p[Slot::of_x], in.centred, p[Slot::constant]);
     if constexpr (!kPair) return {dx, in.g};
     return {dx, gradient(a.uses_x2, in.g, p[Slot::scale2], p[Slot::of_x2], in.centred2, p[Slot::constant2])};
   }
 };
 
-template <class T, class F>
+template <class T, bool kInDouble, class F>
 FUSEDRES_INLINE void with_reduce(const BackwardArgs<T>& a, const F& f) {
+  if constexpr (kInDouble) {
+    return a.x2 ? f(Reduce<T, ReluMask::none, true, true>{a}) : f(Reduce<T, ReluMask::none, false, true>{a});
+  }
   if (a.x2) {
     return a.relu == ReluMask::none ? f(Reduce<T, ReluMask::none, true>{a})
                                     : f(Reduce<T, ReluMask::recomputed, true>{a});
@@ -312,17 +376,22 @@ FUSEDRES_INLINE void walk_backward(const BackwardArgs<T>& a, const F& f) {
 
 template <class T>
 void reduce_rows_of(const BackwardArgs<T>& a, const Rows& rows, const Range& r, double* const* sums) {
-  using Scalar = typename Compute<T>::Scalar;
   const bool adjacent = rows.width * static_cast<int64_t>(sizeof(T)) <= kAdjacentRowBytes;
-  with_reduce(a, [&](const auto& body) {
-    adjacent ? reduce_rows<kTogether<Scalar>>(body, rows, r.begin, r.end, r.c0, r.c1, sums)
-             : reduce_rows<1>(body, rows, r.begin, r.end, r.c0, r.c1, sums);
+  with_sums<T>(a.in_double, [&]<bool kInDouble>(std::bool_constant<kInDouble>) {
+    constexpr int kRows = kTogether<typename Sums<T, kInDouble>::Scalar>;
+    with_reduce<T, kInDouble>(a, [&](const auto& body) {
+      adjacent ? reduce_rows<kRows>(body, rows, r.begin, r.end, r.c0, r.c1, sums)
+               : reduce_rows<1>(body, rows, r.begin, r.end, r.c0, r.c1, sums);
+    });
   });
 }
 
 template <class T>
 void reduce_planes_of(const BackwardArgs<T>& a, const Planes& planes, const Range& r, double* const* sums) {
-  with_reduce(a, [&](const auto& body) { reduce_planes(body, planes, r.begin, r.end, r.c0, r.c1, sums); });
+  with_sums<T>(a.in_double, [&]<bool kInDouble>(std::bool_constant<kInDouble>) {
+    with_reduce<T, kInDouble>(
+        a, [&](const auto& body) { reduce_planes(body, planes, r.begin, r.end, r.c0, r.c1, sums); });
+  });
 }
 
 template <class T>
@@ -534,6 +603,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_cpu(
     args.dresidual = need_dresidual ? data<T>(dresidual) : nullptr;
     args.uses_x = training;
     args.stream = layout.channels_last && streams<T>(layout.numel());
+    args.in_double = tiling.sums_in_double;
     NormBackward<T>* norms[] = {&norm};
     run_backward(args, tiling, norms, 1, need_affine || (training && need_dx), scratch.take<double>(sums));
   });
@@ -660,6 +730,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_batch_
     args.uses_x = training;
     args.uses_x2 = training2;
     args.stream = layout.channels_last && streams<T>(layout.numel());
+    args.in_double = tiling.sums_in_double;
     NormBackward<T>* norms[] = {&norm, &norm2};
     const bool reduce = need_affine || need_affine2 || (training && need_dx) || (training2 && need_dx2);
     run_backward(args, tiling, norms, 2, reduce, scratch.take<double>(sums));

@@ -64,13 +64,14 @@ struct BackwardArgs {
   T* dresidual;          // or null
   bool uses_x, uses_x2;  // false in evaluation, where dx = g * scale whatever x is
   bool stream;
+  bool in_double;  // reduce: all of it
 };
 
 template <class T>
 struct BatchNormKernels {
   // mean and the sum of squared deviations of a range, per column or channel
-  void (*statistics_rows)(const T* x, const Rows&, const Range&, double* mean, double* m2);
-  void (*statistics_planes)(const T* x, const Planes&, const Range&, double* mean, double* m2);
+  void (*statistics_rows)(const T* x, const Rows&, const Range&, bool in_double, double* mean, double* m2);
+  void (*statistics_planes)(const T* x, const Planes&, const Range&, bool in_double, double* mean, double* m2);
   void (*forward_rows)(const ForwardArgs<T>&, const Rows&, const Range&);
   void (*forward_planes)(const ForwardArgs<T>&, const Planes&, const Range&);
   // adds sum g, sum g*(x - mean) and, with x2, sum g*(x2 - mean2)

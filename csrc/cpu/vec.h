@@ -389,6 +389,17 @@ FUSEDRES_INLINE void store_n(T* p, F32 a, int n) {
 }
 #endif
 
+FUSEDRES_INLINE F64 to_double(F64 a) { return a; }
+FUSEDRES_INLINE F64 to_double(F32 a) {
+  typedef float Half __attribute__((vector_size(kNativeBytes / 2)));
+  Half parts[F64::kParts];
+  static_assert(sizeof parts == sizeof a);
+  std::memcpy(parts, &a, sizeof a);
+  F64 r;
+  for (int i = 0; i < F64::kParts; ++i) r.v[i] = __builtin_convertvector(parts[i], F64::Native);
+  return r;
+}
+
 template <class T>
 struct Compute {
   using Scalar = float;
