@@ -44,9 +44,9 @@ Tensor batch_norm_statistics_cpu(Tensor x) {
       const Range range = tiling.block_range(block, c0, c1);
       const int64_t at = block * tiling.columns;
       if (tiling.layout.channels_last) {
-        kernels.statistics_rows(data<T>(x), tiling.rows, range, mean + at, m2 + at);
+        kernels.statistics_rows(data<T>(x), tiling.rows, range, tiling.sums_in_double, mean + at, m2 + at);
       } else {
-        kernels.statistics_planes(data<T>(x), tiling.planes, range, mean + at, m2 + at);
+        kernels.statistics_planes(data<T>(x), tiling.planes, range, tiling.sums_in_double, mean + at, m2 + at);
       }
     });
     for (int64_t c = 0; c < channels; ++c) {
@@ -200,7 +200,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward_reduce_cpu(
     const auto if_wanted = [&](const Tensor& t) { return need_affine ? OptionalTensor(t) : OptionalTensor(); };
     NormBackward<T> norm(stats, weight, bias, true, tiling, if_wanted(dweight), if_wanted(dbias), params, scratch);
     double* const sum_g = scratch.take<double>(size);
-    const BackwardArgs<T> args = backward_args<T>(dy, x, mask, relu, params);
+    BackwardArgs<T> args = backward_args<T>(dy, x, mask, relu, params);
+    args.in_double = tiling.sums_in_double;
     const auto& kernels = batch_norm_kernels<T>();
     for_each_block(tiling, [&](int64_t block, int64_t c0, int64_t c1) {
       double* const block_sums[] = {sum_g + block * tiling.columns, norm.sum(block)};
