@@ -84,7 +84,7 @@ constexpr int kForwardUnroll = 4, kBackwardUnroll = 2, kPairUnroll = 1;
 constexpr int64_t kMaxReduceRows = 64;
 constexpr int64_t kMaxApplyRows = 32;
 // Blocks that an SM runs at a time: what the kernels' registers allow, by their launch bounds.
-constexpr int kStatisticsBlocks = 5, kBlocks = 6, kPairBlocks = 4;
+constexpr int kForwardBlocks = 6, kBlocks = 5, kPairBlocks = 4;  // kBlocks: statistics and backward
 // With few blocks a slab must be small, or the rest of the GPU waits for them.
 constexpr int64_t kSmallSlabBytes = 64 * 1024;
 constexpr int kFewBlocks = 5;  // fewer than one block per this many SMs
@@ -208,9 +208,9 @@ inline LaunchPlan plan_launches(const PlanProblem& p, const PlanDevice& device, 
                               : std::clamp<int64_t>(power_of_two_from(ceil_div(height, kForwardUnroll)), 32, kThreads);
   arrange(p.channels_last ? choose_threads_x(t.row_vectors, byte_vectors) : 1, static_cast<int>(threads));
   const int unit = !p.backward ? kForwardUnroll : p.norms == 1 ? kBackwardUnroll : kPairUnroll;
-  const int64_t apply_slots = int64_t{device.sms} * (p.norms == 1 ? kBlocks : kPairBlocks);
-  const int64_t reduce_slots =
-      p.backward ? apply_slots : int64_t{device.sms} * kStatisticsBlocks / std::max(1, p.training);
+  const int64_t sms = device.sms;
+  const int64_t apply_slots = sms * (p.norms == 2 ? kPairBlocks : p.backward ? kBlocks : kForwardBlocks);
+  const int64_t reduce_slots = p.backward ? apply_slots : sms * kBlocks / std::max(1, p.training);
   const int64_t reduce_shared = plan.reduce.shared_bytes, apply_shared = plan.apply.shared_bytes;
   plan.reduce = cut(height, t.threads_y, t.tiles, reduce_slots, kMaxReduceRows, unit);
   plan.apply = cut(height, t.threads_y, t.tiles, apply_slots, kMaxApplyRows, unit);

@@ -100,7 +100,7 @@ struct Forward {
 template <Addend kAddend>
 constexpr int kForwardUnroll = kAddend == Addend::none ? plan::kForwardUnroll : plan::kForwardUnroll / 2;
 template <Addend kAddend>
-constexpr int kForwardBlocks = kAddend == Addend::normalised ? plan::kPairBlocks : plan::kBlocks;
+constexpr int kForwardBlocks = kAddend == Addend::normalised ? plan::kPairBlocks : plan::kForwardBlocks;
 
 template <typename T, bool kChannelsLast, Addend kAddend>
 __global__ void __launch_bounds__(plan::kThreads, kForwardBlocks<kAddend>)

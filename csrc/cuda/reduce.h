@@ -255,7 +255,7 @@ struct StatisticsArguments {
 
 // Partial statistics of the norms that train, one after the other in the grid, and their counters.
 template <typename T, bool kChannelsLast>
-__global__ void __launch_bounds__(plan::kThreads, plan::kStatisticsBlocks)
+__global__ void __launch_bounds__(plan::kThreads, plan::kBlocks)
     statistics_kernel(const __grid_constant__ StatisticsArguments<T> a) {
   constexpr int K = kLanes<T, kChannelsLast>;
   if (blockIdx.x == 0 && threadIdx.x == 0) {
