@@ -141,7 +141,7 @@ std::tuple<Tensor, Tensor> add_act_cpu(Tensor x, Tensor residual, bool relu, boo
 Tensor add_act_backward_cpu(Tensor dy, Tensor mask) {
   const int64_t numel = dy.numel();
   STD_TORCH_CHECK(is_dense(dy), "dy must be dense");
-  check_mask(mask, mask_bytes(numel));
+  check_mask(mask, dy, mask_bytes(numel));
   Tensor dx = uninitialized_like(dy);
   dispatch(dy.scalar_type(), [&]<class T>(T*) {
     const MaskArgs<T> args{data<T>(dy), data<uint16_t>(mask), data<T>(dx), streams<T>(numel)};

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "batch_norm_kernels.h"
+#include "common/batch_norm.h"
 #include "driver.h"
 
 namespace fusedres::cpu {
@@ -71,38 +72,6 @@ struct Tiling {
 // Columns [c0, c1) of task `task` when `columns` are cut into pieces of `width`.
 inline std::pair<int64_t, int64_t> columns_of(int64_t task, int64_t width, int64_t columns) {
   return {task * width, std::min((task + 1) * width, columns)};
-}
-
-struct NormArguments {
-  OptionalTensor weight, bias, running_mean, running_var, num_batches_tracked;
-  bool training;
-  std::optional<double> momentum;
-  double eps;
-};
-
-// The arguments without the batch: of one that other processes have more of, a part may be of any size.
-inline void check_norm_arguments(const NormArguments& a, const Tensor& x, int64_t channels) {
-  check_channel_vectors({&a.weight, &a.bias, &a.running_mean, &a.running_var}, x, channels);
-  if (a.training) {
-    STD_TORCH_CHECK(a.eps > 0, "eps must be positive during training");
-    STD_TORCH_CHECK(
-        a.running_mean.has_value() == a.running_var.has_value(), "running_mean and running_var go together");
-  } else {
-    STD_TORCH_CHECK(!(a.eps < 0), "eps must be non-negative");
-    STD_TORCH_CHECK(a.running_mean && a.running_var, "evaluation needs running_mean and running_var");
-  }
-  if (a.num_batches_tracked) {
-    STD_TORCH_CHECK(
-        a.num_batches_tracked->numel() == 1 && a.num_batches_tracked->scalar_type() == ScalarType::Long,
-        "num_batches_tracked must be one int64 value");
-  }
-  STD_TORCH_CHECK(a.momentum || a.num_batches_tracked || !a.training, "momentum=None needs num_batches_tracked");
-}
-
-inline void check_norm(const NormArguments& a, const Tensor& x, const Layout4d& layout) {
-  check_norm_arguments(a, x, layout.channels);
-  STD_TORCH_CHECK(layout.numel() > 0, "x must not be empty");
-  STD_TORCH_CHECK(!a.training || layout.pixels() > 1, "training needs more than one value per channel");
 }
 
 // Work per channel goes through doubles, so many channels at a time.
@@ -399,17 +368,6 @@ void all_statistics(const Tiling& tiling, Norm<T>* const* norms, int64_t count) 
   }
 }
 
-inline Tensor empty_statistics(const Layout4d& layout, const Tensor& x) {
-  const int64_t sizes[] = {3, layout.channels}, strides[] = {layout.channels, 1};
-  const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  return empty_strided(sizes, strides, 2, dtype, x);
-}
-
-inline int64_t mask_bytes(const Layout4d& layout) {
-  if (layout.channels_last) return 2 * ceil_div(layout.numel(), kLanes);
-  return 2 * layout.batch * layout.channels * ceil_div(layout.area(), kLanes);
-}
-
 // The coefficients of dx of channels [c0, c1), at most kChannelChunk, from the sums of g and of g*(x - mean) over the
 // `count` values of a channel.
 template <class T, class S>
@@ -527,15 +485,5 @@ class NormBackward {
   Which which_;
   double* sum_;
 };
-
-// A gradient that may not be wanted: a tensor, or one of no elements.
-inline Tensor wanted_like(bool wanted, const Tensor& x) {
-  return wanted ? uninitialized_like(x) : empty_vector(0, x.scalar_type(), x);
-}
-
-inline Tensor wanted_parameter_gradient(bool wanted, const OptionalTensor& weight, const Tensor& stats) {
-  const int64_t channels = stats.size(1);
-  return empty_vector(wanted ? channels : 0, weight ? weight->scalar_type() : stats.scalar_type(), stats);
-}
 
 }  // namespace fusedres::cpu

@@ -502,7 +502,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_cpu(
   check_same_layout("dy", dy, x);
   check_channel_vectors({&weight, &bias}, x, layout.channels);
   check_statistics(stats, x, layout.channels);
-  if (mask) check_mask(*mask, mask_bytes(layout));
+  if (mask) check_mask(*mask, x, mask_bytes(layout));
   Tensor dx = wanted_like(need_dx, x);
   Tensor dresidual = wanted_like(need_dresidual, x);
   Tensor dweight = wanted_parameter_gradient(need_affine, weight, stats);

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "common/launch_plan.h"
 
 namespace fusedres {
 
@@ -31,10 +32,6 @@ class DeviceScope {
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
 };
-
-inline void check_same_device(const char* name, const Tensor& t, const Tensor& x) {
-  STD_TORCH_CHECK(t.device() == x.device(), name, " must be on the same device");
-}
 
 // Raises unless the tensor fills its memory without gaps or overlaps, whatever the order of its dimensions.
 inline void check_dense(const char* name, const Tensor& x) {
@@ -76,20 +73,52 @@ inline bool is_aligned(std::uintptr_t bytes, std::initializer_list<const void*> 
   return true;
 }
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline void check_cuda(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "CUDA error: ", cudaGetErrorString(error));
+}
 
-// A launch of `blocks` blocks in one dimension; errors of the launch itself are raised here, those of the kernel later,
-// as CUDA does.
+// What the launch plans ask of the device that is current.
+inline PlanDevice plan_device(const Tensor& x) {
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    check_cuda(cudaDeviceGetAttribute(&value, which, x.get_device_index()));
+    return value;
+  };
+  return {
+      attribute(cudaDevAttrMultiProcessorCount),
+      attribute(cudaDevAttrL2CacheSize),
+      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+}
+
+constexpr int64_t kSharedBytesWithoutAsking = 48 * 1024;
+
+// A launch of `blocks` blocks in one dimension, with `shared_bytes` of dynamic shared memory each; errors of the launch
+// itself are raised here, those of the kernel later, as CUDA does.
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream, Arguments&&... arguments) {
+void launch_with_shared(
+    void (*kernel)(Parameters...),
+    int64_t blocks,
+    int threads,
+    int64_t shared_bytes,
+    cudaStream_t stream,
+    Arguments&&... arguments) {
   STD_TORCH_CHECK(
       blocks <= std::numeric_limits<int32_t>::max(), "tensor too large for one launch: ", blocks, " blocks");
+  if (shared_bytes > kSharedBytesWithoutAsking) {
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
-  STD_TORCH_CHECK(error == cudaSuccess, "CUDA error: ", cudaGetErrorString(error));
+  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream, Arguments&&... arguments) {
+  launch_with_shared(kernel, blocks, threads, 0, stream, std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace fusedres

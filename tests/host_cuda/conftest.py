@@ -1,41 +1,68 @@
-"""Compiles csrc/cuda/<family>.cu for the host, with the cuda_runtime.h of this folder, and loads it."""
+"""Compiles .cu files for the host, with the cuda_runtime.h of this folder, and loads them."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 _HERE = Path(__file__).parent
 _CSRC = _HERE.parents[1] / "csrc"
-_FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+_FLAGS = [
+    *("-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
+    *("-Wall", "-Wno-unknown-pragmas"),
+]
+_SANITIZE = [
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=null,object-size,vptr"),
+    *("-fsanitize-sections=host_cuda_shared.*", "--param=asan-instrumentation-with-call-threshold=0"),
+]
 _SCHEMAS = torch.library.Library("fusedres_host", "DEF")
+
+# In which order blocks, warps and lanes take turns: see block.h.
+ORDERS = ("forward", "reverse", "1", "2")
 
 
 @pytest.fixture(scope="session")
-def host_cuda_ops(tmp_path_factory):
-    """``load("add_act")`` -> namespace of the family's CUDA ops, which take CPU tensors here."""
+def compile_for_host():
+    """``compile(source, target, *flags)``; ``sanitize`` says whether with AddressSanitizer and UBSan."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    sanitize = ["-fsanitize=address,undefined"] if os.environ.get("FUSEDRES_SANITIZE") == "1" else []
+
+    def run(source: Path, target: Path, *flags: object, sanitize: bool) -> Path:
+        inputs = ["-x", "c++", source, "-x", "none", f"-Wl,-T,{_HERE / 'shared_memory.ld'}"]
+        options = [*_FLAGS, *(_SANITIZE if sanitize else []), f"-I{_HERE}", f"-I{_CSRC}"]
+        subprocess.run([compiler, *options, *inputs, *flags, "-o", target], check=True)
+        return target
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def host_cuda_ops(compile_for_host, tmp_path_factory):
+    """``load("add_act")`` -> namespace of the family's CUDA ops, which take CPU tensors here."""
     loaded = set()
 
     def load(family: str):
         if family not in loaded:
             source = _CSRC / "cuda" / f"{family}.cu"
-            library = tmp_path_factory.mktemp("host_cuda") / f"{family}.so"
-            includes = [f"-I{_HERE}", f"-I{_CSRC}", f"-isystem{Path(torch.__file__).parent / 'include'}"]
-            define = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"
-            torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-            inputs = ["-x", "c++", source, "-x", "none", torch_cpu]
-            flags = [*_FLAGS, *sanitize, *includes, define, "-shared", "-Wl,-Bsymbolic"]
-            subprocess.run([compiler, *flags, *inputs, "-o", library], check=True)
-            for op in (family, f"{family}_backward"):
+            torch_home = Path(torch.__file__).parent
+            library = compile_for_host(
+                source,
+                tmp_path_factory.mktemp("host_cuda") / f"{family}.so",
+                *("-isystem", torch_home / "include", "-include", _HERE / "torch_on_host.h"),
+                *("-DTORCH_TARGET_VERSION=0x020a000000000000ULL", "-shared", "-Wl,-Bsymbolic"),
+                torch_home / "lib" / "libtorch_cpu.so",
+                sanitize=os.environ.get("FUSEDRES_SANITIZE") == "1",
+            )
+            for op in re.findall(r'm\.impl\("(\w+)"', source.read_text()):
                 schema = getattr(torch.ops.fusedres, op).default._schema
                 _SCHEMAS.define(str(schema).removeprefix("fusedres::"))
             torch.ops.load_library(library)
@@ -43,3 +70,31 @@ def host_cuda_ops(tmp_path_factory):
         return torch.ops.fusedres_host
 
     return load
+
+
+@pytest.fixture(autouse=True)
+def _poison():
+    """Uninitialised memory is NaN (uint8: 255), so that what a kernel does not write shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _bits(result: Any) -> list[bytes]:
+    results = result if isinstance(result, (tuple, list)) else [result]
+    return [t.contiguous().flatten().view(torch.uint8).numpy().tobytes() for t in results]
+
+
+@pytest.fixture
+def in_every_order(monkeypatch):
+    """``in_every_order(call)`` -> what it returns, which has the same bits whatever the order of the threads."""
+
+    def run(call: Callable[[], Any]) -> Any:
+        results = []
+        for order in ORDERS:
+            monkeypatch.setenv("HOST_CUDA_ORDER", order)
+            results.append(call())
+            assert _bits(results[-1]) == _bits(results[0]), f"order {order} differs from {ORDERS[0]}"
+        return results[0]
+
+    return run

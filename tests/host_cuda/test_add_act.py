@@ -18,14 +18,6 @@ def ops(host_cuda_ops):
     return host_cuda_ops("add_act")
 
 
-@pytest.fixture(autouse=True)
-def _poison():
-    """Uninitialised memory is NaN (uint8: 255), so that what a kernel does not write shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def inputs(n: int, dtype: torch.dtype, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Two vectors of n values, special ones among them, that start ``offset`` elements after an aligned address."""
     x, residual = (torch.randn(n + offset, dtype=torch.float64).to(dtype)[offset:] for _ in range(2))

@@ -1,0 +1,404 @@
+// Sums per channel, in two deterministic stages: every block writes partial sums of its chunk, and one more launch adds
+// them up in a fixed order, in double, and does what the sums are for.
+//
+// Statistics: a thread sums deviations from its own first value, of at most a few dozen values; threads and then blocks
+// are merged as Chan, Golub and LeVeque (1979) do, so that nothing cancels whatever the mean.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/normalise.h"
+#include "cuda/shared_memory.h"
+#include "cuda/tile.h"
+
+namespace fusedres {
+
+constexpr int kFinishThreadsX = 8;  // channels
+constexpr int kFinishThreads = 512;
+
+// Folds Q quantities for K columns of every thread into those of the threads in row 0, halving the rows. `scratch` has
+// room for those of half the block.
+template <int Q, int K, typename A, typename Merge>
+__device__ void fold_rows(A (&mine)[Q][K], A* scratch, int threads_x, int threads_y, const Merge& merge) {
+  const int t = threadIdx.x;
+  for (int half = threads_y / 2; half > 0; half /= 2) {
+    const int size = half * threads_x;
+    if (t >= size && t < 2 * size) {
+#pragma unroll
+      for (int q = 0; q < Q; ++q) {
+#pragma unroll
+        for (int i = 0; i < K; ++i) scratch[(q * K + i) * size + t - size] = mine[q][i];
+      }
+    }
+    __syncthreads();
+    if (t < size) {
+      A other[Q][K];
+#pragma unroll
+      for (int q = 0; q < Q; ++q) {
+#pragma unroll
+        for (int i = 0; i < K; ++i) other[q][i] = scratch[(q * K + i) * size + t];
+      }
+      merge(mine, other);
+    }
+    __syncthreads();
+  }
+}
+
+struct Add {
+  template <int Q, int K, typename A>
+  __device__ void operator()(A (&a)[Q][K], const A (&b)[Q][K]) const {
+#pragma unroll
+    for (int q = 0; q < Q; ++q) {
+#pragma unroll
+      for (int i = 0; i < K; ++i) a[q][i] += b[q][i];
+    }
+  }
+};
+
+// Merges counts, means and sums of squared deviations from the mean.
+struct MergeMoments {
+  template <int K, typename A>
+  __device__ void operator()(A (&a)[3][K], const A (&b)[3][K]) const {
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+      const A n = a[0][i] + b[0][i];
+      const A share = n > 0 ? b[0][i] / n : A(0);
+      const A delta = b[1][i] - a[1][i];
+      // A weighted sum, for infinite means.
+      a[1][i] = (1 - share) * a[1][i] + share * b[1][i];
+      a[2][i] += b[2][i] + delta * delta * (a[0][i] * share);
+      a[0][i] = n;
+    }
+  }
+};
+
+// Adds a vector of values to the sums of its K channels.
+template <int K, int V, typename A>
+__device__ inline void add_vector(A (&sums)[K], const A (&values)[V]) {
+  if constexpr (K == V) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) sums[i] += values[i];
+  } else {
+    A part[V];
+#pragma unroll
+    for (int i = 0; i < V; ++i) part[i] = values[i];
+#pragma unroll
+    for (int n = V / 2; n > 0; n /= 2) {
+#pragma unroll
+      for (int i = 0; i < n; ++i) part[i] += part[i + n];
+    }
+    sums[0] += part[0];
+  }
+}
+
+template <int K, int V, typename A>
+__device__ inline void add_products(A (&sums)[K], const A (&a)[V], const A (&b)[V]) {
+  if constexpr (K == V) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) sums[i] = multiply_add(a[i], b[i], sums[i]);
+  } else {
+    A products[V];
+#pragma unroll
+    for (int i = 0; i < V; ++i) products[i] = a[i] * b[i];
+    add_vector(sums, products);
+  }
+}
+
+// One thread's part of the slab that a one-pass kernel keeps in shared memory: no other thread reads it.
+template <typename T>
+struct Slab {
+  Vector<T, kVector<T>>* memory;
+
+  __device__ Vector<T, kVector<T>>& at(int k) const { return memory[k * static_cast<int>(blockDim.x) + threadIdx.x]; }
+};
+
+// Body for for_each_vector: sums of x - shift and of its square over the vectors of one thread.
+template <typename T, bool kChannelsLast, bool kKeep>
+struct Deviations {
+  using A = Compute<T>;
+  static constexpr int V = kVector<T>, K = kLanes<T, kChannelsLast>;
+
+  const T* x;
+  bool aligned;
+  Slab<T> slab;
+  A shift[K], sum[K], square[K];
+  int count, tail;  // channels_last: rows, and elements of a partial one
+
+  __device__ Deviations(
+      const T* x_, const Tiles& t, const Walk<T, kChannelsLast>& walk, bool aligned_, const Slab<T>& slab_)
+      : x(x_), aligned(aligned_), slab(slab_), count(0), tail(0) {
+    A first[V] = {};
+    if (walk.count() > 0) {
+      const Place place = walk.template place<false>();
+      if constexpr (kChannelsLast) {
+        Vector<T, V> value;
+        load_at<false>(value, x, place, aligned);
+#pragma unroll
+        for (int i = 0; i < V; ++i) first[i] = static_cast<A>(value.at[i]);
+      } else {
+        first[0] = static_cast<A>(x[walk.sample()]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+      shift[i] = is_finite(first[i]) ? first[i] : A(0);  // else it would spoil sums that are finite
+      sum[i] = square[i] = 0;
+    }
+  }
+
+  template <bool kFast, int kUnroll>
+  __device__ void run(const Place (&places)[kUnroll], int k) {
+    Vector<T, V> value[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) load_at<kFast>(value[u], x, places[u], aligned);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if constexpr (kKeep) slab.at(k + u) = value[u];
+      const int valid = places[u].valid;
+      if (!kFast || valid > 0) {
+        A d[V];
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+          d[i] = static_cast<A>(value[u].at[i]) - shift[K == V ? i : 0];
+          if (!kFast && i >= valid) d[i] = 0;
+        }
+        add_vector(sum, d);
+        add_products(square, d, d);
+      }
+      if constexpr (kChannelsLast) {
+        if (kFast || valid == V) {
+          ++count;
+        } else {
+          tail = valid;
+        }
+      } else {
+        count += valid;
+      }
+    }
+  }
+
+  // The block's counts, means less `shift` of row 0, and squared deviations from the mean, on the threads of row 0,
+  // whose `shift` is the block's then. `scratch` has room for half the block, `row` for a row of columns.
+  __device__ void fold(A (&moments)[3][K], A* scratch, A* row, const Tiles& t) {
+    const int x_first = thread_x(t) * K;
+    if (thread_y(t) == 0) {
+#pragma unroll
+      for (int i = 0; i < K; ++i) row[x_first + i] = shift[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+      const A n = static_cast<A>(count + (kChannelsLast && i < tail));
+      const A mean = n > 0 ? sum[i] / n : A(0);
+      const A rest = multiply_add(-sum[i], mean, square[i]);
+      moments[0][i] = n;
+      moments[1][i] = n > 0 ? (shift[i] - row[x_first + i]) + mean : A(0);
+      moments[2][i] = rest < 0 ? A(0) : rest;
+    }
+    fold_rows(moments, scratch, t.threads_x, t.threads_y, MergeMoments());
+  }
+};
+
+// The partial sums of Q quantities: (Q, chunks, columns).
+template <int Q, int K, typename A>
+__device__ void write_partials(
+    A* partials, const A (&totals)[Q][K], const Tiles& t, const Pass& pass, const BlockPlace& block) {
+  if (thread_y(t) != 0) return;
+  const int64_t first = (block.tile * t.threads_x + thread_x(t)) * K;
+#pragma unroll
+  for (int q = 0; q < Q; ++q) {
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+      if (first + i < t.columns) partials[(q * pass.chunks + block.chunk) * t.columns + first + i] = totals[q][i];
+    }
+  }
+}
+
+constexpr int kStatisticsUnroll = 4;
+
+template <typename T>
+struct StatisticsArguments {
+  Tiles tiles;
+  Pass pass;
+  bool aligned;
+  int norms;
+  int first;  // norm that trains
+  NormPointers<T> norm[2];
+  Compute<T>* partials[2];  // of each norm that trains: shifts, means less the shift, squared deviations
+};
+
+// Partial statistics of the norms that train, one after the other in the grid, and their counters.
+template <typename T, bool kChannelsLast>
+__global__ void __launch_bounds__(plan::kThreads) statistics_kernel(const StatisticsArguments<T> a) {
+  using A = Compute<T>;
+  constexpr int K = kLanes<T, kChannelsLast>;
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    for (int i = 0; i < a.norms; ++i) {
+      if (a.norm[i].counter != nullptr) ++*a.norm[i].counter;
+    }
+  }
+  const int64_t per_norm = a.tiles.tiles * a.pass.chunks;
+  const int round = blockIdx.x >= per_norm ? 1 : 0;
+  const bool second = a.first + round == 1;
+  const BlockPlace block(a.tiles, a.pass, blockIdx.x - round * per_norm, false);
+  const Walk<T, kChannelsLast> walk(a.tiles, block, a.pass.chunk, a.aligned);
+  Deviations<T, kChannelsLast, false> deviations(second ? a.norm[1].x : a.norm[0].x, a.tiles, walk, a.aligned, {});
+  for_each_vector<kStatisticsUnroll>(walk, deviations);
+  A moments[3][K];
+  A* row = dynamic_shared_memory<A>();
+  deviations.fold(moments, row + a.tiles.threads_x * K, row, a.tiles);
+#pragma unroll
+  for (int i = 0; i < K; ++i) moments[0][i] = deviations.shift[i];
+  write_partials(second ? a.partials[1] : a.partials[0], moments, a.tiles, a.pass, block);
+}
+
+// Elements of a column in a chunk.
+__device__ inline int64_t count_of(
+    const Tiles& t, const Pass& pass, bool channels_last, int64_t chunk, int64_t column) {
+  const int64_t begin = chunk * pass.chunk;
+  if (channels_last) {
+    const int64_t end = min(begin + pass.chunk, t.rows);
+    return end - begin - (end == t.rows && (end - 1) * t.row_length + column >= t.numel);
+  }
+  const auto before = [&](int64_t vector) {
+    const int64_t row = vector / t.row_vectors;
+    return row * t.area + min((vector - row * t.row_vectors) * t.vector, t.area);
+  };
+  return before(min(begin + pass.chunk, t.rows * t.row_vectors)) - before(begin);
+}
+
+template <typename T>
+struct FinishStatisticsArguments {
+  StatisticsArguments<T> statistics;
+  bool channels_last;
+};
+
+// Merges the partial statistics of kFinishThreadsX channels per block, and writes statistics and running statistics.
+// The norms follow each other on the same threads, for they may share their running statistics.
+template <typename T>
+__global__ void __launch_bounds__(kFinishThreads)
+    finish_statistics_kernel(const FinishStatisticsArguments<T> arguments) {
+  const StatisticsArguments<T>& a = arguments.statistics;
+  const Tiles& t = a.tiles;
+  constexpr int kThreadsY = kFinishThreads / kFinishThreadsX;
+  const int64_t c = int64_t{blockIdx.x} * kFinishThreadsX + threadIdx.x % kFinishThreadsX;
+  const int y = threadIdx.x / kFinishThreadsX;
+  const int64_t per_channel = t.columns / t.channels;
+  const int64_t plane = a.pass.chunks * t.columns;
+  for (int n = 0; n < a.norms; ++n) {
+    const NormPointers<T>& norm = a.norm[n];
+    if (!norm.training) {
+      if (c < t.channels && y == 0) running_statistics(norm, c).store(norm.stats, t.channels, c);
+      continue;
+    }
+    // Sums about the first chunk's mean, whose own distance from the mean is small beside double's precision.
+    double sums[2][1] = {};
+    double origin = 0;
+    if (c < t.channels) {
+      const Compute<T>* partials = a.partials[n];
+      origin = static_cast<double>(partials[c]) + static_cast<double>(partials[plane + c]);
+      if (!is_finite(origin)) origin = 0;
+#pragma unroll 4
+      for (int64_t i = y; i < a.pass.chunks * per_channel; i += kThreadsY) {
+        const int64_t chunk = per_channel == 1 ? i : i / per_channel;
+        const int64_t column = c + (i - chunk * per_channel) * t.channels;
+        const int64_t at = chunk * t.columns + column;
+        const double count = static_cast<double>(count_of(t, a.pass, arguments.channels_last, chunk, column));
+        const double shift = partials[at], mean = partials[plane + at], rest = partials[2 * plane + at];
+        const double delta = shift - origin + mean;
+        if (count > 0) {
+          sums[0][0] += count * delta;
+          sums[1][0] += rest + count * delta * delta;
+        }
+      }
+    }
+    fold_rows(sums, dynamic_shared_memory<double>(), kFinishThreadsX, kThreadsY, Add());
+    if (c < t.channels && y == 0) {
+      const double count = static_cast<double>(t.numel / t.channels);
+      const double mean = sums[0][0] / count;
+      const double var = sums[1][0] / count - mean * mean;
+      finish_channel(norm, t, c, origin + mean, var < 0 ? 0 : var);
+    }
+  }
+}
+
+// The gradients of one norm's parameters, or null, and the numbers that dx needs besides its scale.
+template <typename T>
+struct GradientPointers {
+  ChannelVector<T> dweight, dbias;
+  Compute<T>* coefficients;  // (2, C), or null: dx = scale * g + of_x * (x - mean) + constant
+};
+
+template <typename A>
+struct Coefficients {
+  A of_x, constant;
+};
+
+// From sums of g and of g * (x - mean) over a channel, with the mean in the precision of the saved one.
+template <typename T>
+__device__ Coefficients<Compute<T>> finish_gradients(
+    const GradientPointers<T>& to,
+    const NormPointers<T>& norm,
+    const Tiles& t,
+    int64_t c,
+    double sum_g,
+    double sum_gx) {
+  using A = Compute<T>;
+  const auto s = ChannelStatistics<A>::load(norm.stats, t.channels, c);
+  const double mean_low = s.mean_low, rstd = s.rstd;
+  const double correction = mean_low * sum_g;
+  if (is_finite(correction)) sum_gx -= correction;
+  const double dweight = sum_gx * rstd;
+  if (to.dweight.data != nullptr) to.dweight.set(c, dweight);
+  if (to.dbias.data != nullptr) to.dbias.set(c, sum_g);
+  const double per_count = 1.0 / static_cast<double>(t.numel / t.channels);
+  const double scale = norm.weight.get(c, 1) * s.rstd;
+  const double of_x = -scale * rstd * dweight * per_count;
+  return {static_cast<A>(of_x), static_cast<A>(-scale * sum_g * per_count - of_x * mean_low)};
+}
+
+template <typename T>
+struct FinishGradientsArguments {
+  Tiles tiles;
+  int64_t chunks;
+  int norms;
+  const Compute<T>* partials;  // (1 + norms, chunks, columns): of g, and of g * (x - mean) for each norm
+  NormPointers<T> norm[2];
+  GradientPointers<T> to[2];
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kFinishThreads) finish_gradients_kernel(const FinishGradientsArguments<T> a) {
+  const Tiles& t = a.tiles;
+  constexpr int kThreadsY = kFinishThreads / kFinishThreadsX;
+  const int64_t c = int64_t{blockIdx.x} * kFinishThreadsX + threadIdx.x % kFinishThreadsX;
+  const int y = threadIdx.x / kFinishThreadsX;
+  const int64_t per_channel = t.columns / t.channels;
+  const int64_t plane = a.chunks * t.columns;
+  double sums[3][1] = {};
+  if (c < t.channels) {
+#pragma unroll 4
+    for (int64_t i = y; i < a.chunks * per_channel; i += kThreadsY) {
+      const int64_t chunk = per_channel == 1 ? i : i / per_channel;
+      const int64_t at = chunk * t.columns + c + (i - chunk * per_channel) * t.channels;
+      sums[0][0] += a.partials[at];
+      sums[1][0] += a.partials[plane + at];
+      if (a.norms == 2) sums[2][0] += a.partials[2 * plane + at];
+    }
+  }
+  fold_rows(sums, dynamic_shared_memory<double>(), kFinishThreadsX, kThreadsY, Add());
+  if (c >= t.channels || y != 0) return;
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    if (n == a.norms) return;
+    const auto coefficients = finish_gradients(a.to[n], a.norm[n], t, c, sums[0][0], sums[1 + n][0]);
+    if (a.to[n].coefficients != nullptr) {
+      a.to[n].coefficients[c] = coefficients.of_x;
+      a.to[n].coefficients[t.channels + c] = coefficients.constant;
+    }
+  }
+}
+
+}  // namespace fusedres
