@@ -32,20 +32,24 @@ __global__ void __launch_bounds__(kMergeThreads) merge_parts_kernel(const MergeP
   if (moves && factor != factor) factor = 1.0 / static_cast<double>(*norm.counter + 1);
   for (int64_t c = int64_t{blockIdx.x} * kMergeThreads + threadIdx.x; c < a.channels;
        c += int64_t{gridDim.x} * kMergeThreads) {
-    double n = 0, mean = 0, m2 = 0, sum = 0;
+    // Sums about the first part's mean, whose own distance from the mean is small beside double's precision.
+    double origin = 0, of_means = 0, m2 = 0;
+    bool first = true;
     for (int64_t part = 0; part < a.parts; ++part) {
       const double* const row = a.partials + part * width;
       const double own = counts[part * width];
       if (own == 0) continue;
-      const double delta = row[c] - mean;
-      n += own;
-      mean = n == own ? row[c] : mean + delta * (own / n);
-      m2 += row[a.channels + c] + (n == own ? 0 : delta * delta * (own * (n - own) / n));
-      sum += row[c] * own;
+      if (first && is_finite(row[c])) origin = row[c];
+      first = false;
+      const double delta = row[c] - origin;
+      of_means += own * delta;
+      m2 += row[a.channels + c] + own * delta * delta;
     }
-    // With Inf among the values, deviations from an infinite mean are NaN, but the mean itself is not.
-    if (!is_finite(mean)) mean = sum / count;
-    const double var = count > 0 ? m2 / count : 0;
+    const double per_count = count > 0 ? 1.0 / count : 0;
+    const double mean = origin + of_means * per_count;
+    m2 -= of_means * of_means * per_count;
+    if (m2 < 0) m2 = 0;
+    const double var = m2 * per_count;
     ChannelStatistics<Compute<T>>::from(mean, var, norm.eps).store(norm.stats, a.channels, c);
     if (moves) {
       norm.running_mean.set(c, (1 - factor) * norm.running_mean.get(c, 0) + factor * mean);
