@@ -12,9 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import functional as fused
-from ..ops.batch_norm_sync import SyncBatchNormActFunction, implementations, sync_batch_norm_act
+from ..ops.batch_norm_sync import SyncBatchNormActFunction, implementations, memory_format_of, sync_batch_norm_act
 from ..ops.checks import check_act, check_addend, check_batch_norm, check_not_inference
-from ..ops.layout import dense, laid_out_like
 from .norm import BatchNormAct2d, register_synchronised
 
 __all__ = ["SyncBatchNormAct2d"]
@@ -64,9 +63,12 @@ def _across_processes(
             return torch.relu(y) if act == "relu" else y
 
     check_not_inference({"x": x, "weight": weight, "bias": bias})
-    x = dense(x)
+    memory_format = memory_format_of(x)
+    x = x.contiguous(memory_format=memory_format)
     if residual is not None:
-        residual = fused._distinct(laid_out_like(residual, x), x)
+        residual = residual.contiguous(memory_format=memory_format)
+        if residual is x and torch.compiler.is_compiling():  # Dynamo refuses a Function that is given one tensor twice
+            residual = residual.view_as(residual)
     arguments = (
         x,
         residual,
@@ -80,7 +82,8 @@ def _across_processes(
         act == "relu",
     )
     ops = implementations(x)
-    if fused._requires_grad(x, residual, weight, bias):
+    leaves = (x, residual, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
         return SyncBatchNormActFunction.apply(*arguments, process_group, ops)
     return sync_batch_norm_act(*arguments, False, process_group, ops)[0]
 

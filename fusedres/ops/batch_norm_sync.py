@@ -38,7 +38,7 @@ from .batch_norm_act import (
     _per_channel,
     _reference_normalise,
 )
-from .layout import is_channels_last, laid_out_like, mask_bytes, pack_mask, unpack_mask
+from .layout import is_channels_last, mask_bytes, pack_mask, unpack_mask
 from .registry import define, serve
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -267,6 +267,13 @@ def _check_count(partials: Tensor) -> None:
         raise ValueError("Expected more than 1 value per channel when training, got 1 in all processes together")
 
 
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """Of a 4-D tensor: the one it is dense in, or the nearer one if its strides are neither."""
+    strides = x.stride()
+    rows = 0 < strides[1] <= min(strides[0], strides[2], strides[3]) and not x.is_contiguous()
+    return torch.channels_last if rows or is_channels_last(x) else torch.contiguous_format
+
+
 def implementations(x: Tensor) -> tuple[Callable[..., Any], ...]:
     """Who serves the four ops for tensors like ``x``: a kernel, or plain ATen where there is none.
 
@@ -350,7 +357,9 @@ def _differentiable_backward(
 
 
 class SyncBatchNormActFunction(Function):
-    """``act(bn(x) + residual)`` over a process group; arguments after ``bias`` are not differentiable.
+    """``act(bn(x) + residual)`` of dense tensors in one memory format, over a process group.
+
+    Arguments after ``bias`` are not differentiable.
 
     Backward meets the other processes only if ``x`` needs a gradient, which must be so on all of them or on none.
     """
@@ -375,8 +384,7 @@ class SyncBatchNormActFunction(Function):
         norm = (weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
         out, stats, mask = sync_batch_norm_act(x, residual, *norm, relu, save_mask, group, ops)
         ctx.save_for_backward(x, weight, bias, stats, mask if save_mask else None)
-        memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-        ctx.config = (relu, eps, memory_format, group, ops)
+        ctx.config = (relu, eps, memory_format_of(x), group, ops)
         return out
 
     @staticmethod
@@ -391,7 +399,7 @@ class SyncBatchNormActFunction(Function):
             dx, g, dweight, dbias = _differentiable_backward(dy, x, weight, bias, stats, mask, relu, eps, group)
             grads = (dx, g, dweight, dbias)
             return *(t if need else None for t, need in zip(grads, ctx.needs_input_grad[:4], strict=True)), *(None,) * 8
-        saved = (laid_out_like(dy, x), x, weight, bias, stats, mask)
+        saved = (dy.contiguous(memory_format=memory_format), x, weight, bias, stats, mask)
         sums = stats.new_empty(0, dtype=torch.float64)
         dx = dresidual = dweight = dbias = None
         if need_dx or need_affine:
