@@ -9,23 +9,35 @@
 namespace fusedres::cpu {
 namespace {
 
-template <class T, bool kRelu, bool kMask, bool kStream, bool kFull>
-FUSEDRES_INLINE void add_vector(const AddArgs<T>& a, int64_t i, uint16_t* word, int n) {
+template <class T, bool kRelu, bool kMask, bool kFull>
+FUSEDRES_INLINE auto add_vector(const AddArgs<T>& a, int64_t i, uint16_t* word, int n) {
   auto y = get<kFull>(a.x + i, n) + get<kFull>(a.residual + i, n);
   if constexpr (kRelu) {
     const auto m = positive<T>(y);
     y = keep(m, y);
     if constexpr (kMask) *word = kFull ? bits(m) : bits(m) & ((1u << n) - 1);
   }
-  put<kFull, kStream>(a.out + i, y, n);
+  return y;
 }
 
 template <class T, bool kRelu, bool kMask, bool kStream>
 void add_range(AddArgs<T> a, int64_t begin, int64_t end) {
   uint16_t* word = a.mask + begin / kLanes;
   int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes, ++word) add_vector<T, kRelu, kMask, kStream, true>(a, i, word, kLanes);
-  if (i < end) add_vector<T, kRelu, kMask, kStream, false>(a, i, word, static_cast<int>(end - i));
+  if constexpr (kStoredInPairs<T>) {
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes, word += 2) {
+      const auto low = add_vector<T, kRelu, kMask, true>(a, i, word, kLanes);
+      const auto high = add_vector<T, kRelu, kMask, true>(a, i + kLanes, word + 1, kLanes);
+      store_pair<kStream>(a.out + i, low, high);
+    }
+  }
+  for (; i + kLanes <= end; i += kLanes, ++word) {
+    put<true, kStream>(a.out + i, add_vector<T, kRelu, kMask, true>(a, i, word, kLanes), kLanes);
+  }
+  if (i < end) {
+    const int n = static_cast<int>(end - i);
+    store_n(a.out + i, add_vector<T, kRelu, kMask, false>(a, i, word, n), n);
+  }
   finish_streams(kStream);
 }
 

@@ -390,8 +390,10 @@ void write_gradient(
     const double scale = params.scale(which, c);
     // In evaluation exactly zero, whatever the sums are.
     const double by_x = training ? -scale * rstd * (gx[c - c0] * rstd) * per_count : 0.0;
+    // An infinite gradient times nothing would be NaN.
+    const double of_low = std::isfinite(by_x * mean_low) ? by_x * mean_low : 0.0;
     of_x[c - c0] = static_cast<S>(by_x);
-    constant[c - c0] = static_cast<S>(training ? -scale * g[c - c0] * per_count - by_x * mean_low : 0.0);
+    constant[c - c0] = static_cast<S>(training ? -scale * g[c - c0] * per_count - of_low : 0.0);
   }
   params.write_gradient(which, of_x, constant, c0, c1);
 }

@@ -148,12 +148,16 @@ struct Forward {
   using Scalar = typename Compute<T>::Scalar;
   using Vec = typename Compute<T>::Vec;
   using Slot = Slots<kAddend == Addend::normalised>;
+  using Element = T;
   static constexpr int kSlots = Slot::forward;
+  static constexpr int kOutputs = 1;
+  static constexpr bool kStreams = kStream;
   const ForwardArgs<T> a;
   const Scalar* params = a.params;
+  const Outputs<T, 1> outputs{a.out};
 
   template <bool kFull, class P>
-  FUSEDRES_INLINE void map(const P& p, int64_t i, int64_t word, int n) const {
+  FUSEDRES_INLINE Values<Vec, 1> map(const P& p, int64_t i, int64_t word, int n) const {
     Vec y = p[Slot::shift];
     if constexpr (kAddend == Addend::normalised) y = fma(get<kFull>(a.x2 + i, n) - p[Slot::mean2], p[Slot::scale2], y);
     y = fma(get<kFull>(a.x + i, n) - p[Slot::mean], p[Slot::scale], y);
@@ -163,7 +167,7 @@ struct Forward {
       y = keep(m, y);
       if constexpr (kMask) a.mask[word] = kFull ? bits(m) : bits(m) & ((1u << n) - 1);
     }
-    put<kFull, kStream>(a.out + i, y, n);
+    return {y};
   }
 };
 
@@ -227,7 +231,7 @@ struct Reduce {
   using Vec = typename Compute<T>::Vec;
   static constexpr int kSlots = Slots<kPair>::backward;
   static constexpr int kSums = kPair ? 3 : 2;
-  static constexpr int64_t kTile = 64;
+  static constexpr int64_t kTile = kTogether<Scalar> > 1 ? 64 : 16;  // chains of 16 roundings
   const BackwardArgs<T> a;
   const Scalar* params = a.params;
 
@@ -246,28 +250,24 @@ struct Backward {
   using Scalar = typename Compute<T>::Scalar;
   using Vec = typename Compute<T>::Vec;
   using Slot = Slots<kPair>;
+  using Element = T;
   static constexpr int kSlots = Slot::backward;
+  static constexpr int kOutputs = 2;
+  static constexpr bool kStreams = kStream;
   const BackwardArgs<T> a;
   const Scalar* params = a.params;
+  const Outputs<T, 2> outputs{a.dx, kPair ? a.dx2 : a.dresidual};
 
   static FUSEDRES_INLINE Vec gradient(bool uses_x, Vec g, Vec scale, Vec of_x, Vec centred, Vec constant) {
     if (kUsesX && (!kPair || uses_x)) return fma(scale, g, fma(of_x, centred, constant));
     return scale * g;
   }
   template <bool kFull, class P>
-  FUSEDRES_INLINE void map(const P& p, int64_t i, int64_t word, int n) const {
+  FUSEDRES_INLINE Values<Vec, 2> map(const P& p, int64_t i, int64_t word, int n) const {
     const Incoming<T, kRelu, kPair, kFull> in(a, p, i, word, n);
-    if (a.dx) {
-      const Vec dx = gradient(a.uses_x, in.g, p[Slot::scale], p[Slot::of_x], in.centred, p[Slot::constant]);
-      put<kFull, kStream>(a.dx + i, dx, n);
-    }
-    if constexpr (kPair) {
-      if (!a.dx2) return;
-      const Vec dx2 = gradient(a.uses_x2, in.g, p[Slot::scale2], p[Slot::of_x2], in.centred2, p[Slot::constant2]);
-      put<kFull, kStream>(a.dx2 + i, dx2, n);
-    } else {
-      if (a.dresidual) put<kFull, kStream>(a.dresidual + i, in.g, n);
-    }
+    const Vec dx = gradient(a.uses_x, in.g, p[Slot::scale], p[Slot::of_x], in.centred, p[Slot::constant]);
+    if constexpr (!kPair) return {dx, in.g};
+    return {dx, gradient(a.uses_x2, in.g, p[Slot::scale2], p[Slot::of_x2], in.centred2, p[Slot::constant2])};
   }
 };
 

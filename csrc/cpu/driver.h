@@ -20,11 +20,12 @@
 namespace fusedres::cpu {
 
 // Whether an output of `numel` elements bypasses the caches: a large one would be evicted before its consumer runs, and
-// a normal store first reads the line it writes. A 16-bit vector fills half a line, and streams of halves gain later.
+// a normal store first reads the line it writes. Only AVX-512 kernels fill whole lines with 16-bit elements, and
+// streams of half lines gain later.
 template <class T>
 bool streams(int64_t numel) {
-  constexpr int64_t kLeastBytes = (sizeof(T) >= 4 ? int64_t{3} : int64_t{8}) << 20;
-  return numel * static_cast<int64_t>(sizeof(T)) >= kLeastBytes;
+  const bool whole_lines = sizeof(T) >= 4 || cpu_capability() >= Capability::avx512;
+  return numel * static_cast<int64_t>(sizeof(T)) >= (int64_t{whole_lines ? 3 : 8} << 20);
 }
 
 constexpr int64_t kSerialElements = 32 * 1024;  // below this a second thread costs more than it brings

@@ -81,20 +81,53 @@ FUSEDRES_INLINE auto channel_params(const S* table, int64_t c) {
   return p;
 }
 
+// What a body makes of one vector: as many outputs as it has, of which some may not be wanted.
+template <class Vec, int kOutputs>
+struct Values {
+  Vec at[kOutputs];
+};
+
+template <class T, int kOutputs>
+struct Outputs {
+  T* at[kOutputs];  // or null
+};
+
+template <bool kFull, class Body, class P>
+FUSEDRES_INLINE void map_vector(const Body& body, const P& p, int64_t i, int64_t word, int n) {
+  const auto values = body.template map<kFull>(p, i, word, n);
+  for (int k = 0; k < Body::kOutputs; ++k) {
+    if (body.outputs.at[k]) put<kFull, Body::kStreams>(body.outputs.at[k] + i, values.at[k], n);
+  }
+}
+
 template <class Body>
 FUSEDRES_INLINE void map_rows(const Body& body, const Rows& rows, int64_t row0, int64_t row1, int64_t c0, int64_t c1) {
+  using T = typename Body::Element;
+  [[maybe_unused]] const bool aligned = rows.width % (2 * kLanes) == 0 && c0 % (2 * kLanes) == 0;
   for (int64_t chunk = c0; chunk < c1; chunk += kColumnChunk) {
     const int64_t chunk_end = chunk + kColumnChunk < c1 ? chunk + kColumnChunk : c1;
     for (int64_t r = row0; r < row1; ++r) {
       const int64_t end = r < rows.count || chunk_end < rows.tail ? chunk_end : rows.tail;
+      const int64_t first = r * rows.width;
       int64_t c = chunk;
+      if constexpr (kStoredInPairs<typename Body::Element>) {
+        for (; aligned && c + 2 * kLanes <= end; c += 2 * kLanes) {
+          const int64_t i = first + c;
+          const auto low = body.template map<true>(column_params<Body::kSlots>(body.params, c), i, i / kLanes, kLanes);
+          const auto high = body.template map<true>(
+              column_params<Body::kSlots>(body.params, c + kLanes), i + kLanes, i / kLanes + 1, kLanes);
+          for (int k = 0; k < Body::kOutputs; ++k) {
+            if (T* const out = body.outputs.at[k]) store_pair<Body::kStreams>(out + i, low.at[k], high.at[k]);
+          }
+        }
+      }
       for (; c + kLanes <= end; c += kLanes) {
-        const int64_t i = r * rows.width + c;
-        body.template map<true>(column_params<Body::kSlots>(body.params, c), i, i / kLanes, kLanes);
+        const int64_t i = first + c;
+        map_vector<true>(body, column_params<Body::kSlots>(body.params, c), i, i / kLanes, kLanes);
       }
       if (c < end) {
-        const int64_t i = r * rows.width + c;
-        body.template map<false>(column_params<Body::kSlots>(body.params, c), i, i / kLanes, static_cast<int>(end - c));
+        const int64_t i = first + c;
+        map_vector<false>(body, column_params<Body::kSlots>(body.params, c), i, i / kLanes, static_cast<int>(end - c));
       }
     }
   }
@@ -112,8 +145,8 @@ FUSEDRES_INLINE void map_planes(
       const int64_t plane = n * planes.channels + c;
       const int64_t i = plane * planes.area;
       const int64_t word = plane * words;
-      for (int64_t j = 0; j < full; ++j) body.template map<true>(p, i + j * kLanes, word + j, kLanes);
-      if (rest) body.template map<false>(p, i + full * kLanes, word + full, rest);
+      for (int64_t j = 0; j < full; ++j) map_vector<true>(body, p, i + j * kLanes, word + j, kLanes);
+      if (rest) map_vector<false>(body, p, i + full * kLanes, word + full, rest);
     }
   }
 }

@@ -10,6 +10,10 @@
 
 #include "types.h"
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #define FUSEDRES_INLINE inline __attribute__((always_inline))
 
 #if defined(__AVX512F__)
@@ -47,6 +51,19 @@ constexpr int kNativeBytes = 32;
 constexpr int kNativeBytes = 16;
 #endif
 
+template <class S, class Native>
+FUSEDRES_INLINE Native multiply_add(Native a, Native b, Native c) {
+#if defined(__aarch64__)
+  if constexpr (sizeof(S) == 4) {
+    return (Native)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+  } else {
+    return (Native)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+  }
+#else
+  return a * b + c;
+#endif
+}
+
 template <class S, class I>
 struct Pack {
   typedef S Native __attribute__((vector_size(kNativeBytes)));
@@ -70,7 +87,10 @@ struct Pack {
     for (int i = 0; i < kParts; ++i) a.v[i] *= b.v[i];
     return a;
   }
-  FUSEDRES_INLINE friend Pack fma(Pack a, Pack b, Pack c) { return a * b + c; }
+  FUSEDRES_INLINE friend Pack fma(Pack a, Pack b, Pack c) {
+    for (int i = 0; i < kParts; ++i) c.v[i] = multiply_add<S>(a.v[i], b.v[i], c.v[i]);
+    return c;
+  }
   FUSEDRES_INLINE friend Mask not_below_or_equal(Pack a, Pack b) {
     Mask m;
     for (int i = 0; i < kParts; ++i) m.v[i] = ~(a.v[i] <= b.v[i]);
@@ -422,6 +442,32 @@ FUSEDRES_INLINE auto bytes_equal(const uint8_t* p, uint8_t value, V v) {
   return mask_from_bits(static_cast<uint16_t>(r), v);
 #endif
 }
+
+// Whether two vectors of T are best stored together: they fill a cache line, which half a line streamed does not.
+#if defined(FUSEDRES_VEC_AVX512)
+template <class T>
+constexpr bool kStoredInPairs = sizeof(T) == 2;
+FUSEDRES_INLINE __m512i narrow(const bf16*, F32 a, F32 b) {
+  __m512bh r = _mm512_cvtne2ps_pbh(b.v, a.v);
+  __m512i u;
+  std::memcpy(&u, &r, sizeof u);
+  return u;
+}
+FUSEDRES_INLINE __m512i narrow(const half* p, F32 a, F32 b) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(p, a)), narrow(p, b), 1);
+}
+template <bool kStream, class T>
+FUSEDRES_INLINE void store_pair(T* p, F32 a, F32 b) {
+  if constexpr (kStream) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow(p, a, b));
+  } else {
+    _mm512_storeu_si512(p, narrow(p, a, b));
+  }
+}
+#else
+template <class T>
+constexpr bool kStoredInPairs = false;
+#endif
 
 // Copies 2 * kLanes elements, with zeros where the two words have zeros. 16-bit ones are not widened.
 template <bool kStream, class T>
