@@ -6,6 +6,7 @@
 #include <string>
 
 #include "common/cpu_capability.h"
+#include "common/launch_plan.h"
 
 namespace py = pybind11;
 
@@ -34,13 +35,99 @@ py::dict build_info() {
   return info;
 }
 
+py::dict launch_plan(
+    bool channels_last,
+    int64_t batch,
+    int64_t channels,
+    int64_t area,
+    int element_size,
+    bool backward,
+    int norms,
+    bool may_one_pass,
+    int sms,
+    int64_t l2_bytes,
+    int64_t shared_bytes) {
+  using namespace fusedres;
+  if (batch < 1 || channels < 1 || area < 1) throw py::value_error("the tensor must not be empty");
+  if (element_size != 2 && element_size != 4 && element_size != 8) {
+    throw py::value_error("element_size must be 2, 4 or 8");
+  }
+  if (norms != 1 && norms != 2) throw py::value_error("norms must be 1 or 2");
+  if (sms < 1) throw py::value_error("sms must be positive");
+  const PlanProblem problem{channels_last, batch, channels, area, element_size, norms, norms, backward};
+  const LaunchPlan plan = plan_launches(problem, {sms, l2_bytes, shared_bytes}, may_one_pass);
+  const Tiles& t = plan.tiles;
+  const auto pass = [&](const Pass& p) {
+    py::dict result;
+    result["chunk"] = p.chunk;
+    result["chunks"] = p.chunks;
+    result["blocks"] = p.chunks * t.tiles;
+    result["shared_bytes"] = p.shared_bytes;
+    return result;
+  };
+  py::dict result;
+  result["form"] = plan.one_pass ? "one_pass" : "two_pass";
+  result["vector"] = t.vector;
+  result["rows"] = t.rows;
+  result["row_length"] = t.row_length;
+  result["row_vectors"] = t.row_vectors;
+  result["columns"] = t.columns;
+  result["tiles"] = t.tiles;
+  result["threads_x"] = t.threads_x;
+  result["threads_y"] = t.threads_y;
+  result["threads"] = t.threads();
+  result["slab_vectors"] = plan.slab_vectors;
+  result["reduce"] = pass(plan.reduce);
+  result["finish_blocks"] = plan.one_pass ? 0 : finish_blocks(channels);
+  result["finish_threads"] = plan.finish_threads;
+  result["apply"] = pass(plan.apply);
+  result["reverse"] = plan.reverse;
+  result["fits_l2"] = plan.fits_l2;
+  result["partial_bytes"] = plan.partial_bytes;
+  result["workspace_bytes"] = plan.workspace_bytes;
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build information and CPU capability of fusedres.";
+  m.doc() = "Build information, CPU capability and launch plans of fusedres.";
   m.def("build_info", &build_info, "How the native libraries were built.");
   m.def(
       "cpu_capability",
       [] { return fusedres::name(fusedres::cpu_capability()); },
       "Instruction set the CPU kernels use: 'baseline', 'avx2' or 'avx512'; FUSEDRES_CPU_CAPABILITY lowers it.");
+  m.def(
+      "launch_plan",
+      &launch_plan,
+      R"doc(How the CUDA kernels cut a batch normalisation, as csrc/common/launch_plan.h describes it.
+
+Args:
+    channels_last: memory format of the (batch, channels, height, width) tensor; area is height * width.
+    element_size: bytes of an element: 2, 4 or 8.
+    backward, norms: direction, and 2 for the sum of two normalisations, all of which train.
+    may_one_pass: False where the form of three launches is needed.
+    sms, l2_bytes, shared_bytes: of the device; the last is the most that one block may have.
+
+Returns:
+    dict: form is "one_pass" (one launch, slab_vectors vectors per thread and tensor in shared memory) or "two_pass"
+    (reduce, finish_blocks blocks, apply). A tensor is `rows` rows of `row_length` elements, in `row_vectors` vectors of
+    `vector` elements (contiguous: rows and tiles per channel); a block is threads_x vectors wide and takes a chunk of
+    `chunk` rows (contiguous: of vectors) threads_y at a time. reverse: the second pass starts where the first ended.
+
+Raises:
+    ValueError: an empty tensor, or an impossible element size, number of norms or device.
+)doc",
+      py::arg("channels_last"),
+      py::arg("batch"),
+      py::arg("channels"),
+      py::arg("area"),
+      py::arg("element_size"),
+      py::kw_only(),
+      py::arg("backward") = false,
+      py::arg("norms") = 1,
+      py::arg("may_one_pass") = true,
+      py::arg("sms") = 132,
+      py::arg("l2_bytes") = int64_t{50} << 20,
+      py::arg("shared_bytes") = int64_t{227} << 10);
 }

@@ -62,25 +62,32 @@ struct LaunchPlan {
   bool one_pass;     // one block per tile keeps its slab in shared memory between the sums and their use
   int slab_vectors;  // one_pass: per thread and tensor
   Pass reduce, apply;
+  int finish_threads;       // of a block between the two
   bool reverse;             // the second pass takes the tiles in reverse: what the first one read last is still in L2
   bool fits_l2;             // the second pass finds all that the first one read there
   int64_t partial_bytes;    // of the workspace: partial sums
   int64_t workspace_bytes;  // all of it
 };
 
+constexpr int kFinishThreadsX = 8;  // channels of a block that finishes sums
+constexpr int kMaxFinishThreads = 1024;
+constexpr int64_t finish_blocks(int64_t channels) { return ceil_div(channels, kFinishThreadsX); }
+
 namespace plan {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 constexpr int kOnePassThreads = 512;
-constexpr int kMaxThreadsX = 32;
-constexpr int64_t kUnroll = 4;  // rows per thread come in multiples of it
+constexpr int kMaxThreadsX = 16;
+// Vectors per thread that are in flight together; rows per thread come in multiples of it.
+constexpr int kForwardUnroll = 4, kBackwardUnroll = 2, kPairUnroll = 1;
 // Sums in the compute type are at most this long, so that their error does not grow with the tensor.
 constexpr int64_t kMaxReduceRows = 64;
 constexpr int64_t kMaxApplyRows = 32;
-constexpr int64_t kBlocksPerSm = 4;
+// Blocks that an SM runs at a time: what the kernels' registers allow, by their launch bounds.
+constexpr int kBlocks = 6, kPairBlocks = 4;
 // With few blocks a slab must be small, or the rest of the GPU waits for them.
 constexpr int64_t kSmallSlabBytes = 64 * 1024;
-constexpr int kFewBlocks = 4;  // fewer than one block per this many SMs
+constexpr int kFewBlocks = 5;  // fewer than one block per this many SMs
 
 inline int64_t power_of_two_from(int64_t n) {
   int64_t p = 1;
@@ -99,10 +106,12 @@ inline int choose_threads_x(int64_t row_vectors, int least) {
   return best;
 }
 
-// Cuts `total` rows, `step` of them at a time, so that there are `blocks` blocks if the rows suffice.
-inline Pass cut(int64_t total, int64_t step, int64_t tiles, int64_t blocks, int64_t most) {
-  const int64_t wanted = ceil_div(total, step * std::max<int64_t>(1, ceil_div(blocks, tiles)));
-  const int64_t each = std::clamp(ceil_div(wanted, kUnroll) * kUnroll, kUnroll, most);
+// Cuts `total` rows, `step` of them at a time and at most `most` times, so that the blocks fill the GPU's `slots` as
+// nearly as possible a whole number of times.
+inline Pass cut(int64_t total, int64_t step, int64_t tiles, int64_t slots, int64_t most, int64_t unit) {
+  const int64_t waves = ceil_div(ceil_div(total, step * most) * tiles, slots);
+  const int64_t chunks = std::max<int64_t>(1, waves * slots / tiles);
+  const int64_t each = std::min(most, ceil_div(ceil_div(total, step * chunks), unit) * unit);
   return {each * step, ceil_div(total, each * step), 0};
 }
 
@@ -183,15 +192,22 @@ inline LaunchPlan plan_launches(const PlanProblem& p, const PlanDevice& device, 
   if (plan.one_pass) return plan;
 
   plan.slab_vectors = 0;
-  const int64_t threads =
-      p.channels_last ? kThreads : std::clamp<int64_t>(power_of_two_from(ceil_div(height, kUnroll)), 32, kThreads);
+  const int64_t threads = p.channels_last
+                              ? kThreads
+                              : std::clamp<int64_t>(power_of_two_from(ceil_div(height, kForwardUnroll)), 32, kThreads);
   arrange(p.channels_last ? choose_threads_x(t.row_vectors, byte_vectors) : 1, static_cast<int>(threads));
-  const int64_t blocks = kBlocksPerSm * device.sms;
+  const int unit = !p.backward ? kForwardUnroll : p.norms == 1 ? kBackwardUnroll : kPairUnroll;
+  const int64_t apply_slots = int64_t{device.sms} * (p.norms == 1 ? kBlocks : kPairBlocks);
+  const int64_t reduce_slots = p.backward ? apply_slots : int64_t{device.sms} * kBlocks / std::max(1, p.training);
   const int64_t reduce_shared = plan.reduce.shared_bytes, apply_shared = plan.apply.shared_bytes;
-  plan.reduce = cut(height, t.threads_y, t.tiles, blocks, kMaxReduceRows);
-  plan.apply = cut(height, t.threads_y, t.tiles, 2 * blocks, kMaxApplyRows);
+  plan.reduce = cut(height, t.threads_y, t.tiles, reduce_slots, kMaxReduceRows, unit);
+  plan.apply = cut(height, t.threads_y, t.tiles, apply_slots, kMaxApplyRows, unit);
   plan.reduce.shared_bytes = reduce_shared;
   plan.apply.shared_bytes = apply_shared;
+  const int64_t entries = plan.reduce.chunks * (t.columns / t.channels);  // partial sums of a channel
+  plan.finish_threads =
+      kFinishThreadsX * static_cast<int>(std::clamp<int64_t>(
+                            power_of_two_from(ceil_div(entries, 4)), 8, kMaxFinishThreads / kFinishThreadsX));
   plan.reverse = true;
   const int64_t sets = p.backward ? 1 : p.training;  // of partial sums
   plan.partial_bytes = size * sets * quantities(p) * plan.reduce.chunks * t.columns;

@@ -50,8 +50,6 @@ inline bool has_aligned_vectors(const Tiles& t, bool channels_last, std::initial
   return (channels_last || t.area % t.vector == 0) && is_aligned(kVectorBytes, pointers);
 }
 
-inline int64_t finish_blocks(int64_t channels) { return ceil_div(channels, kFinishThreadsX); }
-
 // Two launches: statistics of the norms that train, in `workspace` of plan.partial_bytes, and what follows from them,
 // saved and running. At least one norm trains.
 template <typename T>
@@ -81,21 +79,22 @@ void launch_statistics(
   auto* kernel = channels_last ? statistics_kernel<T, true> : statistics_kernel<T, false>;
   const int64_t blocks = plan.tiles.tiles * plan.reduce.chunks * training;
   launch_with_shared(kernel, blocks, plan.tiles.threads(), plan.reduce.shared_bytes, stream, a);
-  constexpr int64_t kScratch = 2 * kFinishThreads / 2 * sizeof(double);
+  const int64_t scratch = 2 * plan.finish_threads / 2 * sizeof(double);
   const int64_t finish = finish_blocks(plan.tiles.channels);
   launch_with_shared(
       finish_statistics_kernel<T>,
       finish,
-      kFinishThreads,
-      kScratch,
+      plan.finish_threads,
+      scratch,
       stream,
       FinishStatisticsArguments<T>{a, channels_last});
 }
 
 template <typename T>
-void launch_finish_gradients(const FinishGradientsArguments<T>& a, cudaStream_t stream) {
-  constexpr int64_t kScratch = 3 * kFinishThreads / 2 * sizeof(double);
-  launch_with_shared(finish_gradients_kernel<T>, finish_blocks(a.tiles.channels), kFinishThreads, kScratch, stream, a);
+void launch_finish_gradients(const FinishGradientsArguments<T>& a, const LaunchPlan& plan, cudaStream_t stream) {
+  const int64_t scratch = 3 * plan.finish_threads / 2 * sizeof(double);
+  const int64_t blocks = finish_blocks(a.tiles.channels);
+  launch_with_shared(finish_gradients_kernel<T>, blocks, plan.finish_threads, scratch, stream, a);
 }
 
 }  // namespace fusedres

@@ -56,8 +56,8 @@ struct Forward {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if constexpr (kFromSlab) {
-        x[u] = slab.at(k + u);
-        if constexpr (kPair) other[u] = slab2.at(k + u);
+        slab.get(k + u, x[u]);
+        if constexpr (kPair) slab2.get(k + u, other[u]);
       } else {
         load_at<kFast>(x[u], a.norm[0].x, places[u], a.aligned);
         if constexpr (kPair) load_at<kFast>(other[u], a.norm[1].x, places[u], a.aligned);
@@ -117,10 +117,13 @@ __device__ void fill_parameters(
 }
 
 template <Addend kAddend>
-constexpr int kForwardUnroll = kAddend == Addend::none ? 4 : 2;
+constexpr int kForwardUnroll = kAddend == Addend::none ? plan::kForwardUnroll : plan::kForwardUnroll / 2;
+template <Addend kAddend>
+constexpr int kForwardBlocks = kAddend == Addend::normalised ? plan::kPairBlocks : plan::kBlocks;
 
 template <typename T, bool kChannelsLast, Addend kAddend>
-__global__ void __launch_bounds__(plan::kThreads) forward_kernel(const ForwardArguments<T> a) {
+__global__ void __launch_bounds__(plan::kThreads, kForwardBlocks<kAddend>)
+    forward_kernel(const __grid_constant__ ForwardArguments<T> a) {
   constexpr bool kPair = kAddend == Addend::normalised;
   const BlockPlace block(a.tiles, a.pass, blockIdx.x, a.reverse);
   const BlockColumns<T, kChannelsLast> columns(a.tiles, block);
@@ -138,7 +141,8 @@ __global__ void __launch_bounds__(plan::kThreads) forward_kernel(const ForwardAr
 
 // All norms train. A block sums up its channels, keeping x in shared memory, and goes on with what it kept.
 template <typename T, bool kChannelsLast, Addend kAddend>
-__global__ void __launch_bounds__(plan::kOnePassThreads, 1) forward_one_pass_kernel(const ForwardArguments<T> a) {
+__global__ void __launch_bounds__(plan::kOnePassThreads, 1)
+    forward_one_pass_kernel(const __grid_constant__ ForwardArguments<T> a) {
   using A = Compute<T>;
   constexpr int K = kLanes<T, kChannelsLast>;
   constexpr int kNorms = kAddend == Addend::normalised ? 2 : 1;
@@ -157,8 +161,8 @@ __global__ void __launch_bounds__(plan::kOnePassThreads, 1) forward_one_pass_ker
   for (int n = 0; n < kNorms; ++n) {
     const NormPointers<T>& norm = a.norm[n];
     if (blockIdx.x == 0 && threadIdx.x == 0 && norm.counter != nullptr) ++*norm.counter;
-    Deviations<T, kChannelsLast, true> deviations(norm.x, t, walk, a.aligned, slabs[n]);
-    for_each_vector<kStatisticsUnroll>(walk, deviations);
+    Deviations<T, kChannelsLast, true> deviations(norm.x, a.aligned, slabs[n]);
+    for_each_vector<plan::kForwardUnroll>(walk, deviations);
     A moments[3][K];
     deviations.fold(moments, row + 3 * columns.count, row, t);
     if (thread_y(t) == 0) {
@@ -281,11 +285,18 @@ struct Inputs {
   template <bool kFast>
   __device__ void load(const BackwardArguments<T>& a, const Place& p) {
     load_at<kFast>(dy, a.dy, p, a.aligned);
-    if (a.uses_x) load_at<kFast>(x, a.norm[0].x, p, a.aligned);
-    if constexpr (kPair) {
-      if (a.uses_x2) load_at<kFast>(x2, a.norm[1].x, p, a.aligned);
-    }
+    load_if<kFast>(a.uses_x, x, a.norm[0].x, p, a.aligned);
+    if constexpr (kPair) load_if<kFast>(a.uses_x2, x2, a.norm[1].x, p, a.aligned);
     load_bits(a, p);
+  }
+  template <bool kFast>
+  __device__ static void load_if(bool wanted, Vector<T, V>& to, const T* from, const Place& p, bool aligned) {
+    if (wanted) {
+      load_at<kFast>(to, from, p, aligned);
+    } else {
+#pragma unroll
+      for (int i = 0; i < V; ++i) to.at[i] = T(0.0f);
+    }
   }
   __device__ void load_bits(const BackwardArguments<T>& a, const Place& p) {
     if constexpr (kRelu == Relu::stored) bits = p.valid > 0 ? a.mask[p.bit / 8] >> (p.bit % 8) : 0;
@@ -294,19 +305,12 @@ struct Inputs {
   // Element i: g and the centred values.
   template <bool kFast>
   __device__ void element(
-      int i,
-      int valid,
-      A threshold,
-      const Affine<A, K>& bn,
-      const Affine<A, K>& bn2,
-      const BackwardArguments<T>& a,
-      A& g,
-      A& centred,
-      A& centred2) const {
+      int i, int valid, A threshold, const Affine<A, K>& bn, const Affine<A, K>& bn2, A& g, A& centred, A& centred2)
+      const {
     const int c = K == V ? i : 0;
     g = static_cast<A>(dy.at[i]);
-    centred = a.uses_x ? static_cast<A>(x.at[i]) - bn.mean[c] : A(0);
-    centred2 = kPair && a.uses_x2 ? static_cast<A>(x2.at[i]) - bn2.mean[c] : A(0);
+    centred = static_cast<A>(x.at[i]) - bn.mean[c];
+    centred2 = kPair ? static_cast<A>(x2.at[i]) - bn2.mean[c] : A(0);
     if constexpr (kRelu == Relu::stored) {
       if (!(bits >> i & 1)) g = 0;
     } else {
@@ -339,15 +343,15 @@ struct GradientSums {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if constexpr (kKeep) {
-        slabs[0].at(k + u) = in[u].dy;
-        slabs[1].at(k + u) = in[u].x;
-        if constexpr (In::kPair) slabs[2].at(k + u) = in[u].x2;
+        slabs[0].put(k + u, in[u].dy);
+        slabs[1].put(k + u, in[u].x);
+        if constexpr (In::kPair) slabs[2].put(k + u, in[u].x2);
       }
       if (kFast && places[u].valid == 0) continue;
       A g[V], centred[V], centred2[V];
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        in[u].template element<kFast>(i, places[u].valid, threshold, bn, bn2, a, g[i], centred[i], centred2[i]);
+        in[u].template element<kFast>(i, places[u].valid, threshold, bn, bn2, g[i], centred[i], centred2[i]);
       }
       add_vector(sums[0], g);
       add_products(sums[1], g, centred);
@@ -375,9 +379,9 @@ struct Backward {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if constexpr (kFromSlab) {
-        in[u].dy = slabs[0].at(k + u);
-        in[u].x = slabs[1].at(k + u);
-        if constexpr (In::kPair) in[u].x2 = slabs[2].at(k + u);
+        slabs[0].get(k + u, in[u].dy);
+        slabs[1].get(k + u, in[u].x);
+        if constexpr (In::kPair) slabs[2].get(k + u, in[u].x2);
         in[u].load_bits(a, places[u]);
       } else {
         in[u].template load<kFast>(a, places[u]);
@@ -390,7 +394,7 @@ struct Backward {
       for (int i = 0; i < V; ++i) {
         const int c = K == V ? i : 0;
         A g, centred, centred2;
-        in[u].template element<kFast>(i, places[u].valid, threshold, bn, bn2, a, g, centred, centred2);
+        in[u].template element<kFast>(i, places[u].valid, threshold, bn, bn2, g, centred, centred2);
         dx.at[i] = static_cast<T>(gradient(a.norm[0].training, bn.scale[c], g, of_x[c], centred, constant[c]));
         if constexpr (In::kPair) {
           dx2.at[i] = static_cast<T>(gradient(a.norm[1].training, bn2.scale[c], g, of_x2[c], centred2, constant2[c]));
@@ -414,7 +418,9 @@ struct Backward {
 };
 
 template <Relu kRelu>
-constexpr int kBackwardUnroll = kRelu == Relu::recomputed_of_pair ? 1 : 2;
+constexpr int kBackwardUnroll = kRelu == Relu::recomputed_of_pair ? plan::kPairUnroll : plan::kBackwardUnroll;
+template <Relu kRelu>
+constexpr int kBackwardBlocks = kRelu == Relu::recomputed_of_pair ? plan::kPairBlocks : plan::kBlocks;
 
 template <typename T, bool kChannelsLast, Relu kRelu>
 __device__ void fill_saved_parameters(
@@ -426,7 +432,8 @@ __device__ void fill_saved_parameters(
 }
 
 template <typename T, bool kChannelsLast, Relu kRelu>
-__global__ void __launch_bounds__(plan::kThreads) gradient_sums_kernel(const BackwardArguments<T> a) {
+__global__ void __launch_bounds__(plan::kThreads, kBackwardBlocks<kRelu>)
+    gradient_sums_kernel(const __grid_constant__ BackwardArguments<T> a) {
   using A = Compute<T>;
   using Body = GradientSums<T, kChannelsLast, kRelu, false>;
   constexpr int kNorms = Body::Q - 1;
@@ -446,7 +453,8 @@ __global__ void __launch_bounds__(plan::kThreads) gradient_sums_kernel(const Bac
 }
 
 template <typename T, bool kChannelsLast, Relu kRelu>
-__global__ void __launch_bounds__(plan::kThreads) backward_kernel(const BackwardArguments<T> a) {
+__global__ void __launch_bounds__(plan::kThreads, kBackwardBlocks<kRelu>)
+    backward_kernel(const __grid_constant__ BackwardArguments<T> a) {
   using A = Compute<T>;
   constexpr int kNorms = kRelu == Relu::recomputed_of_pair ? 2 : 1;
   const BlockPlace block(a.tiles, a.pass, blockIdx.x, a.reverse);
@@ -478,7 +486,8 @@ __global__ void __launch_bounds__(plan::kThreads) backward_kernel(const Backward
 
 // Sums and their use in one launch; x and dy are kept in shared memory.
 template <typename T, bool kChannelsLast, Relu kRelu>
-__global__ void __launch_bounds__(plan::kOnePassThreads, 1) backward_one_pass_kernel(const BackwardArguments<T> a) {
+__global__ void __launch_bounds__(plan::kOnePassThreads, 1)
+    backward_one_pass_kernel(const __grid_constant__ BackwardArguments<T> a) {
   using A = Compute<T>;
   constexpr int K = kLanes<T, kChannelsLast>;
   constexpr int kNorms = kRelu == Relu::recomputed_of_pair ? 2 : 1;
@@ -585,7 +594,7 @@ void run_backward(
       finish.norm[n] = a.norm[n];
       finish.to[n] = a.to[n];
     }
-    launch_finish_gradients(finish, device.stream());
+    launch_finish_gradients(finish, plan, device.stream());
   }
   if (!apply) return;
   a.pass = plan.apply;

@@ -15,9 +15,6 @@
 
 namespace fusedres {
 
-constexpr int kFinishThreadsX = 8;  // channels
-constexpr int kFinishThreads = 512;
-
 // Folds Q quantities for K columns of every thread into those of the threads in row 0, halving the rows. `scratch` has
 // room for those of half the block.
 template <int Q, int K, typename A, typename Merge>
@@ -111,7 +108,11 @@ template <typename T>
 struct Slab {
   Vector<T, kVector<T>>* memory;
 
-  __device__ Vector<T, kVector<T>>& at(int k) const { return memory[k * static_cast<int>(blockDim.x) + threadIdx.x]; }
+  __device__ void put(int k, const Vector<T, kVector<T>>& value) const {
+    *reinterpret_cast<uint4*>(at(k)) = bytes_of(value);
+  }
+  __device__ void get(int k, Vector<T, kVector<T>>& value) const { load_16_bytes(value, at(k)); }
+  __device__ Vector<T, kVector<T>>* at(int k) const { return memory + k * static_cast<int>(blockDim.x) + threadIdx.x; }
 };
 
 // Body for for_each_vector: sums of x - shift and of its square over the vectors of one thread.
@@ -126,36 +127,25 @@ struct Deviations {
   A shift[K], sum[K], square[K];
   int count, tail;  // channels_last: rows, and elements of a partial one
 
-  __device__ Deviations(
-      const T* x_, const Tiles& t, const Walk<T, kChannelsLast>& walk, bool aligned_, const Slab<T>& slab_)
-      : x(x_), aligned(aligned_), slab(slab_), count(0), tail(0) {
-    A first[V] = {};
-    if (walk.count() > 0) {
-      const Place place = walk.template place<false>();
-      if constexpr (kChannelsLast) {
-        Vector<T, V> value;
-        load_at<false>(value, x, place, aligned);
-#pragma unroll
-        for (int i = 0; i < V; ++i) first[i] = static_cast<A>(value.at[i]);
-      } else {
-        first[0] = static_cast<A>(x[walk.sample()]);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < K; ++i) {
-      shift[i] = is_finite(first[i]) ? first[i] : A(0);  // else it would spoil sums that are finite
-      sum[i] = square[i] = 0;
-    }
-  }
+  __device__ Deviations(const T* x_, bool aligned_, const Slab<T>& slab_)
+      : x(x_), aligned(aligned_), slab(slab_), shift(), sum(), square(), count(0), tail(0) {}
 
   template <bool kFast, int kUnroll>
   __device__ void run(const Place (&places)[kUnroll], int k) {
     Vector<T, V> value[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) load_at<kFast>(value[u], x, places[u], aligned);
+    if (k == 0) {
+#pragma unroll
+      for (int i = 0; i < K; ++i) {
+        A first = static_cast<A>(value[0].at[i]);
+        if (!kChannelsLast && places[0].valid == 0) first = static_cast<A>(x[places[0].offset]);
+        shift[i] = is_finite(first) ? first : A(0);  // else it would spoil sums that are finite
+      }
+    }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if constexpr (kKeep) slab.at(k + u) = value[u];
+      if constexpr (kKeep) slab.put(k + u, value[u]);
       const int valid = places[u].valid;
       if (!kFast || valid > 0) {
         A d[V];
@@ -216,8 +206,6 @@ __device__ void write_partials(
   }
 }
 
-constexpr int kStatisticsUnroll = 4;
-
 template <typename T>
 struct StatisticsArguments {
   Tiles tiles;
@@ -231,7 +219,8 @@ struct StatisticsArguments {
 
 // Partial statistics of the norms that train, one after the other in the grid, and their counters.
 template <typename T, bool kChannelsLast>
-__global__ void __launch_bounds__(plan::kThreads) statistics_kernel(const StatisticsArguments<T> a) {
+__global__ void __launch_bounds__(plan::kThreads, plan::kBlocks)
+    statistics_kernel(const __grid_constant__ StatisticsArguments<T> a) {
   using A = Compute<T>;
   constexpr int K = kLanes<T, kChannelsLast>;
   if (blockIdx.x == 0 && threadIdx.x == 0) {
@@ -244,8 +233,8 @@ __global__ void __launch_bounds__(plan::kThreads) statistics_kernel(const Statis
   const bool second = a.first + round == 1;
   const BlockPlace block(a.tiles, a.pass, blockIdx.x - round * per_norm, false);
   const Walk<T, kChannelsLast> walk(a.tiles, block, a.pass.chunk, a.aligned);
-  Deviations<T, kChannelsLast, false> deviations(second ? a.norm[1].x : a.norm[0].x, a.tiles, walk, a.aligned, {});
-  for_each_vector<kStatisticsUnroll>(walk, deviations);
+  Deviations<T, kChannelsLast, false> deviations(second ? a.norm[1].x : a.norm[0].x, a.aligned, {});
+  for_each_vector<plan::kForwardUnroll>(walk, deviations);
   A moments[3][K];
   A* row = dynamic_shared_memory<A>();
   deviations.fold(moments, row + a.tiles.threads_x * K, row, a.tiles);
@@ -278,11 +267,11 @@ struct FinishStatisticsArguments {
 // Merges the partial statistics of kFinishThreadsX channels per block, and writes statistics and running statistics.
 // The norms follow each other on the same threads, for they may share their running statistics.
 template <typename T>
-__global__ void __launch_bounds__(kFinishThreads)
-    finish_statistics_kernel(const FinishStatisticsArguments<T> arguments) {
+__global__ void __launch_bounds__(kMaxFinishThreads)
+    finish_statistics_kernel(const __grid_constant__ FinishStatisticsArguments<T> arguments) {
   const StatisticsArguments<T>& a = arguments.statistics;
   const Tiles& t = a.tiles;
-  constexpr int kThreadsY = kFinishThreads / kFinishThreadsX;
+  const int threads_y = static_cast<int>(blockDim.x) / kFinishThreadsX;
   const int64_t c = int64_t{blockIdx.x} * kFinishThreadsX + threadIdx.x % kFinishThreadsX;
   const int y = threadIdx.x / kFinishThreadsX;
   const int64_t per_channel = t.columns / t.channels;
@@ -301,7 +290,7 @@ __global__ void __launch_bounds__(kFinishThreads)
       origin = static_cast<double>(partials[c]) + static_cast<double>(partials[plane + c]);
       if (!is_finite(origin)) origin = 0;
 #pragma unroll 4
-      for (int64_t i = y; i < a.pass.chunks * per_channel; i += kThreadsY) {
+      for (int64_t i = y; i < a.pass.chunks * per_channel; i += threads_y) {
         const int64_t chunk = per_channel == 1 ? i : i / per_channel;
         const int64_t column = c + (i - chunk * per_channel) * t.channels;
         const int64_t at = chunk * t.columns + column;
@@ -314,7 +303,7 @@ __global__ void __launch_bounds__(kFinishThreads)
         }
       }
     }
-    fold_rows(sums, dynamic_shared_memory<double>(), kFinishThreadsX, kThreadsY, Add());
+    fold_rows(sums, dynamic_shared_memory<double>(), kFinishThreadsX, threads_y, Add());
     if (c < t.channels && y == 0) {
       const double count = static_cast<double>(t.numel / t.channels);
       const double mean = sums[0][0] / count;
@@ -384,9 +373,10 @@ struct FinishGradientsArguments {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kFinishThreads) finish_gradients_kernel(const FinishGradientsArguments<T> a) {
+__global__ void __launch_bounds__(kMaxFinishThreads)
+    finish_gradients_kernel(const __grid_constant__ FinishGradientsArguments<T> a) {
   const Tiles& t = a.tiles;
-  constexpr int kThreadsY = kFinishThreads / kFinishThreadsX;
+  const int threads_y = static_cast<int>(blockDim.x) / kFinishThreadsX;
   const int64_t c = int64_t{blockIdx.x} * kFinishThreadsX + threadIdx.x % kFinishThreadsX;
   const int y = threadIdx.x / kFinishThreadsX;
   const int64_t per_channel = t.columns / t.channels;
@@ -394,7 +384,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_gradients_kernel(const 
   double sums[3][1] = {};
   if (c < t.channels) {
 #pragma unroll 4
-    for (int64_t i = y; i < a.chunks * per_channel; i += kThreadsY) {
+    for (int64_t i = y; i < a.chunks * per_channel; i += threads_y) {
       const int64_t chunk = per_channel == 1 ? i : i / per_channel;
       const int64_t at = chunk * t.columns + c + (i - chunk * per_channel) * t.channels;
       sums[0][0] += a.partials[at];
@@ -402,7 +392,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_gradients_kernel(const 
       if (a.norms == 2) sums[2][0] += a.partials[2 * plane + at];
     }
   }
-  fold_rows(sums, dynamic_shared_memory<double>(), kFinishThreadsX, kThreadsY, Add());
+  fold_rows(sums, dynamic_shared_memory<double>(), kFinishThreadsX, threads_y, Add());
   if (c >= t.channels || y != 0) return;
 #pragma unroll
   for (int n = 0; n < 2; ++n) {

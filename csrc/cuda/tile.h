@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "common/launch_plan.h"
@@ -34,7 +35,7 @@ struct BlockPlace {
 
 // Where a vector lies.
 struct Place {
-  int64_t offset;  // of its first element
+  int64_t offset;  // of its first element; of padding, the last of its plane
   int64_t bit;     // of its first element in a mask
   int valid;       // how many of its elements exist
 };
@@ -75,11 +76,6 @@ class Walk {
   }
 
   __device__ int count() const { return count_; }
-  // An element of the first vector; of the padding's plane, if it is padding.
-  __device__ int64_t sample() const {
-    if constexpr (kChannelsLast) return position_;
-    return position_ * t_.area + min(column_ * V, t_.area - 1);
-  }
   __device__ int whole() const { return whole_; }
 
   template <bool kFast>
@@ -90,7 +86,7 @@ class Walk {
     } else {
       const int64_t left = t_.area - column_ * V;
       return {
-          position_ * t_.area + column_ * V,
+          position_ * t_.area + (left > 0 ? column_ * V : t_.area - 1),
           (position_ * t_.row_vectors + column_) * V,
           left >= V            ? V
           : kFast || left <= 0 ? 0
@@ -119,12 +115,28 @@ class Walk {
   int64_t column_;    // contiguous: the vector in its plane
 };
 
+// One access of 16 bytes.
+template <typename V>
+__device__ inline void load_16_bytes(V& value, const void* from) {
+  static_assert(sizeof(V) == sizeof(uint4));
+  const uint4 bytes = *static_cast<const uint4*>(from);
+  memcpy(&value, &bytes, sizeof(V));
+}
+
+template <typename V>
+__device__ inline uint4 bytes_of(const V& value) {
+  static_assert(sizeof(V) == sizeof(uint4));
+  uint4 bytes;
+  memcpy(&bytes, &value, sizeof(V));
+  return bytes;
+}
+
 // A vector's elements; zeros where they do not exist.
 template <bool kFast, typename T, int V>
 __device__ inline void load_at(Vector<T, V>& value, const T* __restrict__ data, const Place& p, bool aligned) {
   const bool whole = p.valid == V && (kFast || aligned);
   if (whole) {
-    value = *reinterpret_cast<const Vector<T, V>*>(data + p.offset);
+    load_16_bytes(value, data + p.offset);
   } else {
 #pragma unroll
     for (int i = 0; i < V; ++i) value.at[i] = !kFast && i < p.valid ? data[p.offset + i] : T(0.0f);
@@ -135,7 +147,8 @@ template <bool kFast, typename T, int V>
 __device__ inline void store_at(const Vector<T, V>& value, T* __restrict__ data, const Place& p, bool aligned) {
   const bool whole = p.valid == V && (kFast || aligned);
   if (whole) {
-    *reinterpret_cast<Vector<T, V>*>(data + p.offset) = value;
+    // A plain assignment nvcc may take apart into stores of 4 bytes.
+    __stcg(reinterpret_cast<uint4*>(data + p.offset), bytes_of(value));
   } else if constexpr (!kFast) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
