@@ -46,7 +46,8 @@ def _across_processes(
     }
     if has_torch_function(tensors):
         return handle_torch_function(_across_processes, tensors, x, *tensors[1:-1], **keywords)
-    if fused._is_traced():
+    # Not torch.compiler.is_exporting(), which Dynamo of torch 2.10 takes to be true.
+    if torch.compiler._is_exporting_flag if torch.compiler.is_compiling() else fused._is_traced():
         raise RuntimeError(
             "SyncBatchNormAct2d in training cannot be traced, exported or transformed by torch.func: "
             "it exchanges its statistics with other processes; call eval() first"

@@ -1,4 +1,4 @@
-"""One process of the tests of SyncBatchNormAct2d: ``python sync_worker.py <rank> <processes> <folder>``.
+"""One process of the tests of SyncBatchNormAct2d: ``python sync_worker.py <rank> <processes> <folder> [cases] [cuda]``.
 
 What it computes goes to ``<folder>/rank<rank>.pt`` as name -> whatever; test_sync.py starts the processes, computes the
 same on the joined batch and asserts.
@@ -117,14 +117,15 @@ THREE = [
 ]
 
 
-def run_case(case: Case, rank: int) -> dict[str, Any]:
-    module = case.prepared(fusedres.SyncBatchNormAct2d)
+def run_case(case: Case, rank: int, device: torch.device) -> dict[str, Any]:
+    module = case.prepared(fusedres.SyncBatchNormAct2d).to(device)
     results = {}
     for step in range(case.steps):
         own = {
             name: v if v is None or v.size(0) != sum(case.parts) else v.split(case.parts)[rank]
             for name, v in case.inputs(step).items()
         }
+        own = {name: None if v is None else v.to(device) for name, v in own.items()}
         if case.channels_last:
             own = {k: None if v is None else v.contiguous(memory_format=torch.channels_last) for k, v in own.items()}
         if case.name == "strides":
@@ -137,9 +138,10 @@ def run_case(case: Case, rank: int) -> dict[str, Any]:
             leaves = {"dx": x, "dresidual": residual, "dweight": module.weight, "dbias": module.bias}
             leaves = {name: t for name, t in leaves.items() if t is not None and t.requires_grad}
             grads = torch.autograd.grad(y, list(leaves.values()), own["dy"].to(y.dtype)) if leaves else ()
-        results[step] = {"y": y.detach(), **dict(zip(leaves, grads, strict=True)), "calls": calls}
+        found = {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+        results[step] = {"calls": calls, **{name: value.cpu() for name, value in found.items()}}
         assert y.is_contiguous(memory_format=torch.channels_last if case.channels_last else torch.contiguous_format)
-    return {"steps": results, "state": module.state_dict()}
+    return {"steps": results, "state": module.cpu().state_dict()}
 
 
 class recording:
@@ -357,9 +359,13 @@ def second_derivatives(rank: int) -> tuple[Tensor, Tensor]:
 def main() -> None:
     rank, processes, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
+    device = torch.device("cuda", rank) if "cuda" in sys.argv[4:] else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=processes)
     cases = TWO if processes == 2 else THREE
-    found: dict[str, Any] = {"cases": {case.name: run_case(case, rank) for case in cases}}
+    found: dict[str, Any] = {"cases": {case.name: run_case(case, rank, device) for case in cases}}
     if processes == 2 and "cases" not in sys.argv[4:]:
         found |= run_two(rank)
     torch.save(found, folder / f"rank{rank}.pt")

@@ -59,9 +59,10 @@ def launched(tmp_path_factory):
 
     def of(processes, backend="auto"):
         if (processes, backend) not in found:
-            only = ["cases"] if backend != "auto" else []
+            only = {"auto": [], "reference": ["cases"], "two GPUs": ["cases", "cuda"]}[backend]
             folder = tmp_path_factory.mktemp("ranks")
-            found[processes, backend] = launch(folder, processes, *only, FUSEDRES_BACKEND=backend)
+            forced = "reference" if backend == "reference" else "auto"
+            found[processes, backend] = launch(folder, processes, *only, FUSEDRES_BACKEND=forced)
         return found[processes, backend]
 
     return of
@@ -131,16 +132,20 @@ def check_error(name, ours, eager, exact):
     assert error <= allowed, f"{name}: {error:.3e} > {allowed:.3e}"
 
 
-CASES = [(2, case, backend) for backend in BACKENDS for case in worker.TWO]
-CASES += [(3, case, "auto") for case in worker.THREE]
+def _case(processes, case, where, *marks):
+    return pytest.param(processes, case, where, marks=marks, id=f"{processes} processes, {case.name}, {where}")
 
 
-@pytest.mark.parametrize(
-    ("processes", "case", "backend"), CASES, ids=[f"{p} processes, {c.name}, {b}" for p, c, b in CASES]
-)
-def test_as_one_process_on_the_joined_batch(launched, processes, case, backend):
+TWO_GPUS = (pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"))
+CASES = [_case(2, case, backend) for backend in BACKENDS for case in worker.TWO]
+CASES += [_case(3, case, "auto") for case in worker.THREE]
+CASES += [_case(2, case, "two GPUs", *TWO_GPUS) for case in worker.TWO]
+
+
+@pytest.mark.parametrize(("processes", "case", "where"), CASES)
+def test_as_one_process_on_the_joined_batch(launched, processes, case, where):
     """Output, gradients and running statistics by the project's rule of errors; the collectives that are needed."""
-    ranks = launched(processes, backend)
+    ranks = launched(processes, where)
     eager, exact = eager_twin(case, None), eager_twin(case, torch.float64)
     for step in range(case.steps):
         inputs = case.inputs(step)
@@ -278,6 +283,32 @@ def test_distributed_data_parallel_float32(two):
     torch.testing.assert_close(torch.tensor(both), torch.tensor(exact), rtol=1e-4, atol=0)
     states = [rank["ddp float32"]["state"] for rank in two]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_group_of_one_through_its_collectives(device, layout, monkeypatch):
+    """What one device can show of the way over processes: its ops, streams, collectives and gradients."""
+    monkeypatch.setattr(SyncBatchNormAct2d, "is_synchronised", lambda self: True)
+    backend = "nccl" if device == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        generator = torch.Generator().manual_seed(0)
+        x, residual, dy = (
+            torch.randn(6, 35, 9, 11, generator=generator, dtype=torch.float64).contiguous(memory_format=layout)
+            for _ in range(3)
+        )
+        results = []
+        for kind, dtype, where in ((SyncBatchNormAct2d, torch.float32, device), (nn.BatchNorm2d, torch.float64, "cpu")):
+            module = kind(35).to(where, dtype)
+            leaves = [t.detach().to(where, dtype).requires_grad_() for t in (x, residual)]
+            out = torch.relu(module(leaves[0]) + leaves[1]) if kind is nn.BatchNorm2d else module(*leaves)
+            grads = torch.autograd.grad(out, [*leaves, module.weight, module.bias], dy.to(where, dtype))
+            results.append([out.detach(), *grads, module.running_mean, module.running_var])
+        for ours, exact in zip(*results, strict=True):
+            torch.testing.assert_close(ours.double().cpu(), exact, rtol=1e-5, atol=1e-5)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # ---- the module, in one process --------------------------------------------------------------------------------------
