@@ -117,9 +117,11 @@ inline Pass cut(int64_t total, int64_t step, int64_t tiles, int64_t slots, int64
 
 inline int64_t quantities(const PlanProblem& p) { return p.backward ? 1 + p.norms : 3; }
 
-// Sums of the upper half of a block's threads, and one row of shifts or totals per quantity.
-inline int64_t fold_bytes(const PlanProblem& p, int threads, int lanes, int64_t block_columns, int64_t size) {
-  return size * quantities(p) * (threads / 2 * lanes + block_columns);
+// In double: the quantities of the upper half of a block's threads, which are being added to the lower half's, and the
+// totals of its columns.
+inline int64_t fold_bytes(const PlanProblem& p, int threads, int lanes, int64_t block_columns) {
+  const int64_t together = p.backward ? quantities(p) : 2;
+  return 8 * (together * (threads / 2) * lanes + quantities(p) * block_columns);
 }
 
 }  // namespace plan
@@ -158,7 +160,7 @@ inline LaunchPlan plan_launches(const PlanProblem& p, const PlanDevice& device, 
     t.step_rows = t.threads_y / t.row_vectors;
     t.step_vectors = t.threads_y % t.row_vectors;
     const int64_t block_columns = threads_x * lanes;
-    plan.reduce.shared_bytes = fold_bytes(p, threads, lanes, block_columns, size);
+    plan.reduce.shared_bytes = fold_bytes(p, threads, lanes, block_columns);
     // The sums of a backward pass need parameters as well.
     if (p.backward) plan.reduce.shared_bytes += size * 3 * p.norms * block_columns;
     plan.apply.shared_bytes = size * parameters * block_columns;
@@ -168,7 +170,7 @@ inline LaunchPlan plan_launches(const PlanProblem& p, const PlanDevice& device, 
     plan.slab_vectors = static_cast<int>(std::min<int64_t>(ceil_div(height, t.threads_y), 1 << 20));
     const int64_t slab = int64_t{plan.slab_vectors} * threads * kVectorBytes * slab_tensors;
     const int64_t shared =
-        fold_bytes(p, threads, lanes, threads_x * lanes, size) + size * parameters * threads_x * lanes + slab;
+        fold_bytes(p, threads, lanes, threads_x * lanes) + size * parameters * threads_x * lanes + slab;
     plan.reduce = plan.apply = {height, 1, shared};
     return shared <= device.shared_bytes && (t.tiles * kFewBlocks >= device.sms || slab <= kSmallSlabBytes);
   };

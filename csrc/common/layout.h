@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
+#include <stdexcept>
+#include <string>
 
 #include "checks.h"
 
@@ -67,8 +69,12 @@ inline Tensor empty_strided(
       type = aoti_torch_dtype_uint8();
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, type, device_type, device_index, &handle));
+  if (aoti_torch_empty_strided(dim, sizes, strides, type, device_type, device_index, &handle) != AOTI_TORCH_SUCCESS) {
+    int64_t elements = 1;
+    for (int64_t d = 0; d < dim; ++d) elements *= sizes[d];
+    // Only this class of exception crosses the stable ABI; fusedres/ops/registry.py looks for the first words.
+    throw std::runtime_error("out of memory: cannot allocate a tensor of " + std::to_string(elements) + " elements");
+  }
   return Tensor(handle);
 }
 

@@ -153,38 +153,34 @@ __global__ void __launch_bounds__(plan::kOnePassThreads, 1)
   auto* slab_memory = dynamic_shared_memory<Vector<T, kVector<T>>>();
   const int slab_size = a.slab_vectors * static_cast<int>(blockDim.x);
   const Slab<T> slabs[2] = {{slab_memory}, {slab_memory + slab_size}};
-  auto* parameters = reinterpret_cast<A*>(slab_memory + kNorms * slab_size);
-  auto* row = parameters + kNorms * kAffineParameters * columns.count;
+  auto* row = reinterpret_cast<double*>(slab_memory + kNorms * slab_size);
+  auto* scratch = row + 3 * columns.count;
+  auto* parameters = reinterpret_cast<A*>(scratch + fold_size<2, K>());
 
-  Forward<T, kChannelsLast, kAddend, true> body{a, slabs[0], slabs[1], relu_threshold<T>(a.relu), {}, {}};
 #pragma unroll
   for (int n = 0; n < kNorms; ++n) {
     const NormPointers<T>& norm = a.norm[n];
     if (blockIdx.x == 0 && threadIdx.x == 0 && norm.counter != nullptr) ++*norm.counter;
     Deviations<T, kChannelsLast, true> deviations(norm.x, a.aligned, slabs[n]);
     for_each_vector<plan::kForwardUnroll>(walk, deviations);
-    A moments[3][K];
-    deviations.fold(moments, row + 3 * columns.count, row, t);
-    if (thread_y(t) == 0) {
-#pragma unroll
-      for (int i = 0; i < K; ++i) {
-        const int column = thread_x(t) * K + i;
-        row[column] = deviations.shift[i];
-        row[columns.count + column] = moments[1][i];
-        row[2 * columns.count + column] = moments[2][i];
-      }
-    }
+    double totals[3][K];
+    deviations.fold(totals, scratch, row, t);
+    write_totals(row, totals, columns.count, t);
     __syncthreads();
     auto* own = parameters + n * kAffineParameters * columns.count;
     columns.for_each([&](int i) {
       const int64_t c = columns.channel(i);
-      const double mean = static_cast<double>(row[i]) + static_cast<double>(row[columns.count + i]);
-      const double var = static_cast<double>(row[2 * columns.count + i]) / static_cast<double>(t.numel / t.channels);
-      put_affine(own, columns.count, i, norm, c, finish_channel(norm, t, c, mean, var));
+      const double count = static_cast<double>(t.numel / t.channels);
+      const double from = row[i], delta = row[columns.count + i] / count;
+      const double var = row[2 * columns.count + i] / count - delta * delta;
+      put_affine(own, columns.count, i, norm, c, finish_channel(norm, t, c, from + delta, var < 0 ? 0 : var));
     });
     __syncthreads();
-    get_affine(n == 0 ? body.bn : body.bn2, own, columns.count, t);
   }
+
+  Forward<T, kChannelsLast, kAddend, true> body{a, slabs[0], slabs[1], relu_threshold<T>(a.relu), {}, {}};
+  get_affine(body.bn, parameters, columns.count, t);
+  if constexpr (kNorms == 2) get_affine(body.bn2, parameters + kAffineParameters * columns.count, columns.count, t);
   for_each_vector<kForwardUnroll<kAddend>>(walk, body);
 }
 
@@ -335,6 +331,16 @@ struct GradientSums {
   Affine<A, K> bn, bn2;
   A sums[Q][K];
 
+  // On the threads of row 0: the sums of the block.
+  __device__ void fold(double (&totals)[Q][K], double* scratch, const Tiles& t) const {
+#pragma unroll
+    for (int q = 0; q < Q; ++q) {
+#pragma unroll
+      for (int i = 0; i < K; ++i) totals[q][i] = sums[q][i];
+    }
+    fold_rows(totals, scratch, t.threads_x, t.threads_y);
+  }
+
   template <bool kFast, int kUnroll>
   __device__ void run(const Place (&places)[kUnroll], int k) {
     In in[kUnroll];
@@ -439,7 +445,8 @@ __global__ void __launch_bounds__(plan::kThreads, kBackwardBlocks<kRelu>)
   constexpr int kNorms = Body::Q - 1;
   const BlockPlace block(a.tiles, a.pass, blockIdx.x, false);
   const BlockColumns<T, kChannelsLast> columns(a.tiles, block);
-  auto* parameters = dynamic_shared_memory<A>();
+  auto* scratch = dynamic_shared_memory<double>();
+  auto* parameters = reinterpret_cast<A*>(scratch + fold_size<Body::Q, Body::K>());
   fill_saved_parameters<T, kChannelsLast, kRelu>(parameters, columns, a);
   __syncthreads();
   Body body{a, {}, relu_threshold<T>(a.relu), {}, {}, {}};
@@ -447,9 +454,9 @@ __global__ void __launch_bounds__(plan::kThreads, kBackwardBlocks<kRelu>)
   if constexpr (kNorms == 2)
     get_affine(body.bn2, parameters + kAffineParameters * columns.count, columns.count, a.tiles);
   for_each_vector<kBackwardUnroll<kRelu>>(Walk<T, kChannelsLast>(a.tiles, block, a.pass.chunk, a.aligned), body);
-  auto* scratch = parameters + kNorms * kAffineParameters * columns.count;
-  fold_rows(body.sums, scratch, a.tiles.threads_x, a.tiles.threads_y, Add());
-  write_partials(a.partials, body.sums, a.tiles, a.pass, block);
+  double totals[Body::Q][Body::K];
+  body.fold(totals, scratch, a.tiles);
+  write_partials(a.partials, totals, a.tiles, a.pass, block);
 }
 
 template <typename T, bool kChannelsLast, Relu kRelu>
@@ -497,9 +504,10 @@ __global__ void __launch_bounds__(plan::kOnePassThreads, 1)
   const Walk<T, kChannelsLast> walk(t, block, a.pass.chunk, a.aligned);
   auto* slab_memory = dynamic_shared_memory<Vector<T, kVector<T>>>();
   const int slab_size = a.slab_vectors * static_cast<int>(blockDim.x);
-  auto* parameters = reinterpret_cast<A*>(slab_memory + (1 + kNorms) * slab_size);
+  auto* row = reinterpret_cast<double*>(slab_memory + (1 + kNorms) * slab_size);
+  auto* scratch = row + (1 + kNorms) * columns.count;
+  auto* parameters = reinterpret_cast<A*>(scratch + fold_size<1 + kNorms, K>());
   auto* coefficients = parameters + kNorms * kAffineParameters * columns.count;
-  auto* totals = coefficients + 2 * kNorms * columns.count;
 
   fill_saved_parameters<T, kChannelsLast, kRelu>(parameters, columns, a);
   __syncthreads();
@@ -518,20 +526,15 @@ __global__ void __launch_bounds__(plan::kOnePassThreads, 1)
   GradientSums<T, kChannelsLast, kRelu, true> sums{
       a, {body.slabs[0], body.slabs[1], body.slabs[2]}, body.threshold, body.bn, body.bn2, {}};
   for_each_vector<kBackwardUnroll<kRelu>>(walk, sums);
-  fold_rows(sums.sums, totals + (1 + kNorms) * columns.count, t.threads_x, t.threads_y, Add());
-  if (thread_y(t) == 0) {
-#pragma unroll
-    for (int q = 0; q <= kNorms; ++q) {
-#pragma unroll
-      for (int i = 0; i < K; ++i) totals[q * columns.count + thread_x(t) * K + i] = sums.sums[q][i];
-    }
-  }
+  double totals[1 + kNorms][K];
+  sums.fold(totals, scratch, t);
+  write_totals(row, totals, columns.count, t);
   __syncthreads();
   columns.for_each([&](int i) {
 #pragma unroll
     for (int n = 0; n < kNorms; ++n) {
       const auto found =
-          finish_gradients(a.to[n], a.norm[n], t, columns.channel(i), totals[i], totals[(1 + n) * columns.count + i]);
+          finish_gradients(a.to[n], a.norm[n], t, columns.channel(i), row[i], row[(1 + n) * columns.count + i]);
       coefficients[(2 * n) * columns.count + i] = found.of_x;
       coefficients[(2 * n + 1) * columns.count + i] = found.constant;
     }

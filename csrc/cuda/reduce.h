@@ -1,8 +1,9 @@
 // Sums per channel, in two deterministic stages: every block writes partial sums of its chunk, and one more launch adds
 // them up in a fixed order, in double, and does what the sums are for.
 //
-// Statistics: a thread sums deviations from its own first value, of at most a few dozen values; threads and then blocks
-// are merged as Chan, Golub and LeVeque (1979) do, so that nothing cancels whatever the mean.
+// Statistics: a thread sums deviations, of at most a few dozen values, from the mean of its own first ones. The block finds its mean
+// from these and moves what its threads have to it, as Chan, Golub and LeVeque (1979) do, so that nothing cancels
+// whatever the mean; blocks are merged the same way in double.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,10 +16,10 @@
 
 namespace fusedres {
 
-// Folds Q quantities for K columns of every thread into those of the threads in row 0, halving the rows. `scratch` has
-// room for those of half the block.
-template <int Q, int K, typename A, typename Merge>
-__device__ void fold_rows(A (&mine)[Q][K], A* scratch, int threads_x, int threads_y, const Merge& merge) {
+// Adds up Q quantities for K columns over the rows of a block, into those of row 0. `scratch` has room for those of
+// half the block.
+template <int Q, int K, typename A>
+__device__ void fold_rows(A (&mine)[Q][K], A* scratch, int threads_x, int threads_y) {
   const int t = threadIdx.x;
   for (int half = threads_y / 2; half > 0; half /= 2) {
     const int size = half * threads_x;
@@ -31,45 +32,32 @@ __device__ void fold_rows(A (&mine)[Q][K], A* scratch, int threads_x, int thread
     }
     __syncthreads();
     if (t < size) {
-      A other[Q][K];
 #pragma unroll
       for (int q = 0; q < Q; ++q) {
 #pragma unroll
-        for (int i = 0; i < K; ++i) other[q][i] = scratch[(q * K + i) * size + t];
+        for (int i = 0; i < K; ++i) mine[q][i] += scratch[(q * K + i) * size + t];
       }
-      merge(mine, other);
     }
     __syncthreads();
   }
 }
 
-struct Add {
-  template <int Q, int K, typename A>
-  __device__ void operator()(A (&a)[Q][K], const A (&b)[Q][K]) const {
-#pragma unroll
-    for (int q = 0; q < Q; ++q) {
-#pragma unroll
-      for (int i = 0; i < K; ++i) a[q][i] += b[q][i];
-    }
-  }
-};
+// Numbers of `scratch` for that.
+template <int Q, int K>
+__device__ int fold_size() {
+  return Q * K * static_cast<int>(blockDim.x / 2);
+}
 
-// Merges counts, means and sums of squared deviations from the mean.
-struct MergeMoments {
-  template <int K, typename A>
-  __device__ void operator()(A (&a)[3][K], const A (&b)[3][K]) const {
+// What the threads of row 0 have, to rows of `columns` numbers in shared memory.
+template <int Q, int K>
+__device__ void write_totals(double* rows, const double (&totals)[Q][K], int columns, const Tiles& t) {
+  if (thread_y(t) != 0) return;
 #pragma unroll
-    for (int i = 0; i < K; ++i) {
-      const A n = a[0][i] + b[0][i];
-      const A share = n > 0 ? b[0][i] / n : A(0);
-      const A delta = b[1][i] - a[1][i];
-      // A weighted sum, for infinite means.
-      a[1][i] = (1 - share) * a[1][i] + share * b[1][i];
-      a[2][i] += b[2][i] + delta * delta * (a[0][i] * share);
-      a[0][i] = n;
-    }
+  for (int q = 0; q < Q; ++q) {
+#pragma unroll
+    for (int i = 0; i < K; ++i) rows[q * columns + thread_x(t) * K + i] = totals[q][i];
   }
-};
+}
 
 // Adds a vector of values to the sums of its K channels.
 template <int K, int V, typename A>
@@ -135,14 +123,7 @@ struct Deviations {
     Vector<T, V> value[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) load_at<kFast>(value[u], x, places[u], aligned);
-    if (k == 0) {
-#pragma unroll
-      for (int i = 0; i < K; ++i) {
-        A first = static_cast<A>(value[0].at[i]);
-        if (!kChannelsLast && places[0].valid == 0) first = static_cast<A>(x[places[0].offset]);
-        shift[i] = is_finite(first) ? first : A(0);  // else it would spoil sums that are finite
-      }
-    }
+    if (k == 0) choose_shift(value, places);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if constexpr (kKeep) slab.put(k + u, value[u]);
@@ -169,39 +150,96 @@ struct Deviations {
     }
   }
 
-  // The block's counts, means less `shift` of row 0, and squared deviations from the mean, on the threads of row 0,
-  // whose `shift` is the block's then. `scratch` has room for half the block, `row` for a row of columns.
-  __device__ void fold(A (&moments)[3][K], A* scratch, A* row, const Tiles& t) {
-    const int x_first = thread_x(t) * K;
-    if (thread_y(t) == 0) {
-#pragma unroll
-      for (int i = 0; i < K; ++i) row[x_first + i] = shift[i];
-    }
-    __syncthreads();
+  // The mean of the first few values, which one outlier among them does not spoil; for equal values exact.
+  template <int kUnroll>
+  __device__ void choose_shift(const Vector<T, V> (&value)[kUnroll], const Place (&places)[kUnroll]) {
 #pragma unroll
     for (int i = 0; i < K; ++i) {
-      const A n = static_cast<A>(count + (kChannelsLast && i < tail));
-      const A mean = n > 0 ? sum[i] / n : A(0);
-      const A rest = multiply_add(-sum[i], mean, square[i]);
-      moments[0][i] = n;
-      moments[1][i] = n > 0 ? (shift[i] - row[x_first + i]) + mean : A(0);
-      moments[2][i] = rest < 0 ? A(0) : rest;
+      A first = 0;
+      if constexpr (kChannelsLast) {
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) first += static_cast<A>(value[u].at[i]);
+        first /= kUnroll;
+      } else if (places[0].valid == V) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) first += static_cast<A>(value[0].at[j]);
+        first /= V;
+      } else {
+        first = static_cast<A>(x[places[0].offset]);
+      }
+      shift[i] = is_finite(first) ? first : A(0);  // else it would spoil sums that are finite
     }
-    fold_rows(moments, scratch, t.threads_x, t.threads_y, MergeMoments());
   }
+
+  // On the threads of row 0: a value near the mean of the block, and the sums of x less that value and of its square.
+  // `scratch` has room for two quantities of half the block, `totals_row` for one row of columns.
+  __device__ void fold(double (&totals)[3][K], double* scratch, double* totals_row, const Tiles& t) const {
+    const int first = thread_x(t) * K;
+    const bool leads = thread_y(t) == 0;
+    A* row = reinterpret_cast<A*>(totals_row);
+    double sums[2][K];
+    A from[K];
+    const auto broadcast = [&](A(&values)[K]) {
+      if (leads) {
+#pragma unroll
+        for (int i = 0; i < K; ++i) row[first + i] = values[i];
+      }
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < K; ++i) values[i] = row[first + i];
+      __syncthreads();
+    };
+    // The mean, about the shift of row 0.
+#pragma unroll
+    for (int i = 0; i < K; ++i) from[i] = shift[i];
+    broadcast(from);
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+      const A n = count_of_lane(i);
+      sums[0][i] = n;
+      sums[1][i] = multiply_add(n, shift[i] - from[i], sum[i]);
+    }
+    fold_rows(sums, scratch, t.threads_x, t.threads_y);
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+      const A mean = from[i] + static_cast<A>(sums[1][i] / sums[0][i]);
+      if (is_finite(mean)) from[i] = mean;
+    }
+    broadcast(from);
+    // What every thread has, about that mean.
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+      const A n = count_of_lane(i);
+      const A own_mean = n > 0 ? sum[i] / n : A(0);
+      const A rest = multiply_add(-sum[i], own_mean, square[i]);
+      const A delta = n > 0 ? (shift[i] - from[i]) + own_mean : A(0);
+      sums[0][i] = n * delta;
+      sums[1][i] = multiply_add(n * delta, delta, rest < 0 ? A(0) : rest);
+    }
+    fold_rows(sums, scratch, t.threads_x, t.threads_y);
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+      totals[0][i] = from[i];
+      totals[1][i] = sums[0][i];
+      totals[2][i] = sums[1][i];
+    }
+  }
+
+  __device__ A count_of_lane(int i) const { return static_cast<A>(count + (kChannelsLast && i < tail)); }
 };
 
 // The partial sums of Q quantities: (Q, chunks, columns).
 template <int Q, int K, typename A>
 __device__ void write_partials(
-    A* partials, const A (&totals)[Q][K], const Tiles& t, const Pass& pass, const BlockPlace& block) {
+    A* partials, const double (&totals)[Q][K], const Tiles& t, const Pass& pass, const BlockPlace& block) {
   if (thread_y(t) != 0) return;
   const int64_t first = (block.tile * t.threads_x + thread_x(t)) * K;
 #pragma unroll
   for (int q = 0; q < Q; ++q) {
 #pragma unroll
     for (int i = 0; i < K; ++i) {
-      if (first + i < t.columns) partials[(q * pass.chunks + block.chunk) * t.columns + first + i] = totals[q][i];
+      if (first + i < t.columns)
+        partials[(q * pass.chunks + block.chunk) * t.columns + first + i] = static_cast<A>(totals[q][i]);
     }
   }
 }
@@ -214,14 +252,13 @@ struct StatisticsArguments {
   int norms;
   int first;  // norm that trains
   NormPointers<T> norm[2];
-  Compute<T>* partials[2];  // of each norm that trains: shifts, means less the shift, squared deviations
+  Compute<T>* partials[2];  // of each norm that trains: a value, sums of x less that value and of its square
 };
 
 // Partial statistics of the norms that train, one after the other in the grid, and their counters.
 template <typename T, bool kChannelsLast>
 __global__ void __launch_bounds__(plan::kThreads, plan::kBlocks)
     statistics_kernel(const __grid_constant__ StatisticsArguments<T> a) {
-  using A = Compute<T>;
   constexpr int K = kLanes<T, kChannelsLast>;
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     for (int i = 0; i < a.norms; ++i) {
@@ -235,12 +272,10 @@ __global__ void __launch_bounds__(plan::kThreads, plan::kBlocks)
   const Walk<T, kChannelsLast> walk(a.tiles, block, a.pass.chunk, a.aligned);
   Deviations<T, kChannelsLast, false> deviations(second ? a.norm[1].x : a.norm[0].x, a.aligned, {});
   for_each_vector<plan::kForwardUnroll>(walk, deviations);
-  A moments[3][K];
-  A* row = dynamic_shared_memory<A>();
-  deviations.fold(moments, row + a.tiles.threads_x * K, row, a.tiles);
-#pragma unroll
-  for (int i = 0; i < K; ++i) moments[0][i] = deviations.shift[i];
-  write_partials(second ? a.partials[1] : a.partials[0], moments, a.tiles, a.pass, block);
+  double totals[3][K];
+  auto* row = dynamic_shared_memory<double>();
+  deviations.fold(totals, row + a.tiles.threads_x * K, row, a.tiles);
+  write_partials(second ? a.partials[1] : a.partials[0], totals, a.tiles, a.pass, block);
 }
 
 // Elements of a column in a chunk.
@@ -282,28 +317,27 @@ __global__ void __launch_bounds__(kMaxFinishThreads)
       if (c < t.channels && y == 0) running_statistics(norm, c).store(norm.stats, t.channels, c);
       continue;
     }
-    // Sums about the first chunk's mean, whose own distance from the mean is small beside double's precision.
+    // Sums about the first chunk's value, whose own distance from the mean is small beside double's precision.
     double sums[2][1] = {};
     double origin = 0;
     if (c < t.channels) {
       const Compute<T>* partials = a.partials[n];
-      origin = static_cast<double>(partials[c]) + static_cast<double>(partials[plane + c]);
-      if (!is_finite(origin)) origin = 0;
+      origin = partials[c];
 #pragma unroll 4
       for (int64_t i = y; i < a.pass.chunks * per_channel; i += threads_y) {
         const int64_t chunk = per_channel == 1 ? i : i / per_channel;
         const int64_t column = c + (i - chunk * per_channel) * t.channels;
         const int64_t at = chunk * t.columns + column;
         const double count = static_cast<double>(count_of(t, a.pass, arguments.channels_last, chunk, column));
-        const double shift = partials[at], mean = partials[plane + at], rest = partials[2 * plane + at];
-        const double delta = shift - origin + mean;
+        const double from = partials[at], sum = partials[plane + at], square = partials[2 * plane + at];
+        const double delta = from - origin;
         if (count > 0) {
-          sums[0][0] += count * delta;
-          sums[1][0] += rest + count * delta * delta;
+          sums[0][0] += sum + count * delta;
+          sums[1][0] += square + delta * (2 * sum + count * delta);
         }
       }
     }
-    fold_rows(sums, dynamic_shared_memory<double>(), kFinishThreadsX, threads_y, Add());
+    fold_rows(sums, dynamic_shared_memory<double>(), kFinishThreadsX, threads_y);
     if (c < t.channels && y == 0) {
       const double count = static_cast<double>(t.numel / t.channels);
       const double mean = sums[0][0] / count;
@@ -392,7 +426,7 @@ __global__ void __launch_bounds__(kMaxFinishThreads)
       if (a.norms == 2) sums[2][0] += a.partials[2 * plane + at];
     }
   }
-  fold_rows(sums, dynamic_shared_memory<double>(), kFinishThreadsX, threads_y, Add());
+  fold_rows(sums, dynamic_shared_memory<double>(), kFinishThreadsX, threads_y);
   if (c >= t.channels || y != 0) return;
 #pragma unroll
   for (int n = 0; n < 2; ++n) {

@@ -289,6 +289,7 @@ BATCH_NORM_ACT = define(
     " -> (Tensor out, Tensor stats, Tensor mask)",
     _batch_norm_act_reference,
     _batch_norm_act_fake,
+    cuda=True,
 )
 
 BATCH_NORM_ACT_BACKWARD = define(
@@ -298,6 +299,7 @@ BATCH_NORM_ACT_BACKWARD = define(
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     _batch_norm_act_backward_reference,
     _batch_norm_act_backward_fake,
+    cuda=True,
 )
 
 BATCH_NORM_ADD_BATCH_NORM_ACT = define(
@@ -306,6 +308,7 @@ BATCH_NORM_ADD_BATCH_NORM_ACT = define(
     " -> (Tensor out, Tensor stats, Tensor stats2)",
     _batch_norm_add_batch_norm_act_reference,
     _batch_norm_add_batch_norm_act_fake,
+    cuda=True,
 )
 
 BATCH_NORM_ADD_BATCH_NORM_ACT_BACKWARD = define(
@@ -316,6 +319,7 @@ BATCH_NORM_ADD_BATCH_NORM_ACT_BACKWARD = define(
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dx2, Tensor dweight2, Tensor dbias2)",
     _batch_norm_add_batch_norm_act_backward_reference,
     _batch_norm_add_batch_norm_act_backward_fake,
+    cuda=True,
 )
 
 

@@ -99,6 +99,22 @@ def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+def _with_memory_errors(overload: Callable[..., Any]) -> Callable[..., Any]:
+    """``overload``, raising what eager raises where memory runs out; its C++ can only raise RuntimeError."""
+
+    def call(*args: Any) -> Any:
+        try:
+            return overload(*args)
+        except RuntimeError as error:
+            if not str(error).startswith("out of memory: "):
+                raise
+            if args[0].is_cuda:
+                torch.cuda.synchronize(args[0].device)  # where an earlier kernel failed, this says so
+            raise torch.OutOfMemoryError(f"CUDA {error}") from None
+
+    return call
+
+
 def define(
     name: str,
     schema: str,
@@ -135,7 +151,7 @@ def define(
     else:
         op.why_not["cpu"] = f"_ops_cpu: {LIBRARIES['_ops_cpu'].error}"
     if native["CUDA"]:
-        op.cuda = overload
+        op.cuda = _with_memory_errors(overload)
     else:
         op.why_not["cuda"] = f"_ops_cuda: {LIBRARIES['_ops_cuda'].error}" if cuda else "no CUDA kernel for this op"
     if triton is None:
