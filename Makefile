@@ -16,7 +16,7 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint format check-abi sanitize clean
+.PHONY: help demo test test-full gpu lint format check-abi sanitize clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,10 @@ test: $(VENV)/.installed-test  ## the tests that CI runs (ARGS="-k add_act" for 
 
 test-full: $(VENV)/.installed-test check-abi sanitize  ## the long tier: slow tests, several torches, sanitizers
 	$(VENV)/bin/pytest -m 'not gpu' $(ARGS)
+
+# Installs nothing into the environment: the package is built into build/gpu.
+gpu:  ## on a machine with a GPU: build, verify, test and measure, within 9 minutes (ARGS="--only build --only ops" for some)
+	@$(or $(wildcard $(VENV)/bin/python),$(PYTHON)) -m benchmarks.gpu $(ARGS)
 
 lint: $(VENV)/.lint  ## ruff and clang-format, changing nothing
 	$(VENV)/bin/ruff check .

@@ -10,6 +10,20 @@ import torch
 import torch.nn.functional as tnf
 from torch import Tensor
 
+from fusedres import functional as F
+from fusedres.ops.add_act import add_act_backward_traffic, add_act_traffic
+from fusedres.ops.batch_norm_act import (
+    batch_norm_act_backward_traffic,
+    batch_norm_act_traffic,
+    batch_norm_add_batch_norm_act_backward_traffic,
+    batch_norm_add_batch_norm_act_traffic,
+)
+from fusedres.ops.batch_norm_act_max_pool import (
+    batch_norm_act_max_pool_backward_traffic,
+    batch_norm_act_max_pool_traffic,
+)
+from fusedres.ops.traffic import Traffic
+
 from .harness import Comparison, compare, copy_bandwidth
 from .shapes import Shape
 
@@ -20,39 +34,43 @@ EPS, MOMENTUM = 1e-5, 0.1
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """Bytes that must cross memory when nothing stays cached between passes over a tensor."""
+class CaseTraffic:
+    """Bytes of one case: forward and backward launch by launch (see `fusedres/ops/traffic.py`)."""
 
-    forward: int
-    backward: int
-    touched: int  # distinct bytes of forward and backward together: what would have to fit a cache
+    forward: Traffic
+    backward: Traffic
+    touched: int  # distinct bytes of activations and mask, both ways: what would have to fit a cache
 
     @property
-    def total(self) -> int:
-        return self.forward + self.backward
+    def floor(self) -> int:
+        """What must cross memory when nothing stays cached between passes over a tensor."""
+        return self.forward.floor + self.backward.floor
 
 
-def byte_floor(shape: Shape, itemsize: int) -> Traffic:
-    """The two-pass floor: statistics and gradient sums each need a pass of their own.
+_TRAFFIC: dict[str, tuple[Callable[..., Traffic], Callable[..., Traffic]]] = {
+    "batch_norm_act": (batch_norm_act_traffic, batch_norm_act_backward_traffic),
+    "batch_norm_add_batch_norm_act": (
+        batch_norm_add_batch_norm_act_traffic,
+        batch_norm_add_batch_norm_act_backward_traffic,
+    ),
+    "batch_norm_act_max_pool": (batch_norm_act_max_pool_traffic, batch_norm_act_max_pool_backward_traffic),
+    "add_act": (add_act_traffic, add_act_backward_traffic),
+}
 
-    A ReLU mask is one bit per element where it cannot be recomputed from the normalised tensors.
 
-    Per-channel vectors are left out. In elements of x (t) and mask bits (m):
-    BN+ReLU            forward x | x -> y           backward dy x | dy x -> dx                  3t, 5t
-    BN+add+ReLU        forward x | x r -> y m       backward dy m x | dy m x -> dx dr           4t+m, 6t+2m
-    BN+BN+add+ReLU     forward x x2 | x x2 -> y     backward dy x x2 | dy x x2 -> dx dx2        5t, 8t
-    BN+ReLU+max pool   forward x | x -> p           backward dp x | dp x -> dx                  2t+p, 3t+2p
-    add+ReLU           forward x r -> y m           backward dy m -> dx (serves both inputs)    3t+m, 2t+m
-    """
-    t, m = shape.numel * itemsize, shape.numel // 8
-    if shape.op == "batch_norm_act":
-        return Traffic(4 * t + m, 6 * t + 2 * m, 6 * t + m) if shape.residual else Traffic(3 * t, 5 * t, 4 * t)
-    if shape.op == "batch_norm_add_batch_norm_act":
-        return Traffic(5 * t, 8 * t, 6 * t)
+def case_traffic(shape: Shape, dtype: torch.dtype, layout: str = "channels_last", **plan: Any) -> CaseTraffic:
+    """Training traffic of a fused region, with all gradients; `plan`: `form` and `tiles` of the ops that have them."""
+    size = (shape.n, shape.c, shape.h, shape.w)
+    options = plan | ({"residual": shape.residual} if shape.op == "batch_norm_act" else {})
+    forward, backward = (of(size, dtype, layout=layout, **options) for of in _TRAFFIC[shape.op])
+    t = shape.numel * dtype.itemsize
+    inputs = 2 if shape.op in ("add_act", "batch_norm_add_batch_norm_act") or shape.residual else 1
+    gradients = 1 if shape.op == "add_act" else inputs
+    out = t
     if shape.op == "batch_norm_act_max_pool":
-        pooled = shape.n * shape.c * ((shape.h - 1) // 2 + 1) * ((shape.w - 1) // 2 + 1) * itemsize
-        return Traffic(2 * t + pooled, 3 * t + 2 * pooled, 2 * t + 2 * pooled)
-    return Traffic(3 * t + m, 2 * t + m, 5 * t + m)
+        out = shape.n * shape.c * ((shape.h - 1) // 2 + 1) * ((shape.w - 1) // 2 + 1) * dtype.itemsize
+    masked = shape.op == "add_act" or (shape.op == "batch_norm_act" and shape.residual)
+    return CaseTraffic(forward, backward, (inputs + gradients) * t + 2 * out + masked * shape.numel // 8)
 
 
 def _norm(x: Tensor, stats: Sequence[Tensor], affine: Sequence[Tensor], training: bool) -> Tensor:
@@ -74,17 +92,19 @@ def _eager(op: str, inputs: Sequence[Tensor], stats: Sequence[Tensor], training:
 
 
 def _fused(op: str, inputs: Sequence[Tensor], stats: Sequence[Tensor], training: bool) -> Tensor:
-    from fusedres import functional as F
-
-    options: dict[str, Any] = {"training": training, "momentum": MOMENTUM, "eps": EPS}
+    x = inputs[0]
     if op == "add_act":
-        return F.add_act(inputs[0], inputs[1])
-    norm = (inputs[0], *stats[:2], *inputs[1:3])
+        return F.add_act(x, inputs[1])
+    mean, var, weight, bias = stats[0], stats[1], inputs[1], inputs[2]
     if op == "batch_norm_act_max_pool":
-        return F.batch_norm_act_max_pool(*norm, **options)
+        return F.batch_norm_act_max_pool(x, mean, var, weight, bias, training=training, momentum=MOMENTUM, eps=EPS)
     if op == "batch_norm_add_batch_norm_act":
-        return F.batch_norm_add_batch_norm_act(*norm, inputs[3], *stats[2:], *inputs[4:], **options)
-    return F.batch_norm_act(*norm, *inputs[3:], **options)
+        second = (inputs[3], stats[2], stats[3], inputs[4], inputs[5])
+        return F.batch_norm_add_batch_norm_act(
+            x, mean, var, weight, bias, *second, training=training, momentum=MOMENTUM, eps=EPS
+        )
+    residual = inputs[3] if len(inputs) > 3 else None
+    return F.batch_norm_act(x, mean, var, weight, bias, residual, training=training, momentum=MOMENTUM, eps=EPS)
 
 
 PEERS: dict[str, Callable[[str, Sequence[Tensor], Sequence[Tensor], bool], Tensor]] = {
@@ -96,17 +116,25 @@ PEERS: dict[str, Callable[[str, Sequence[Tensor], Sequence[Tensor], bool], Tenso
 class Case:
     """One op on one shape, dtype and layout: tensors, candidates to time, and the gate."""
 
-    def __init__(self, shape: Shape, dtype: str = "float32", layout: str = "channels_last", seed: int = 0) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: str = "float32",
+        layout: str = "channels_last",
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.shape, self.dtype, self.layout = shape, dtype, layout
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         size, c, form = (shape.n, shape.c, shape.h, shape.w), shape.c, FORMATS[layout]
 
         def activation(*size: int) -> Tensor:
-            x = torch.randn(size, generator=generator).to(DTYPES[dtype])
+            x = torch.randn(size, generator=generator, device=device).to(DTYPES[dtype])
             return x.contiguous(memory_format=form)
 
         def affine() -> list[Tensor]:
-            return [torch.rand(c, generator=generator) + 0.5, torch.randn(c, generator=generator) * 0.1]
+            scale, shift = (f(c, generator=generator, device=device) for f in (torch.rand, torch.randn))
+            return [scale + 0.5, shift * 0.1]
 
         self.inputs = [activation(*size)]
         if shape.op != "add_act":
@@ -116,7 +144,7 @@ class Case:
         norms = {"add_act": 0, "batch_norm_add_batch_norm_act": 2}.get(shape.op, 1)
         if norms == 2:
             self.inputs += affine()
-        self.stats = [f(c) for _ in range(norms) for f in (torch.zeros, torch.ones)]
+        self.stats = [f(c, device=device) for _ in range(norms) for f in (torch.zeros, torch.ones)]
         for tensor in self.inputs:
             tensor.requires_grad_()
         out_size = size
@@ -129,8 +157,8 @@ class Case:
         return f"{self.shape.key}-{self.dtype}-{self.layout}"
 
     @property
-    def traffic(self) -> Traffic:
-        return byte_floor(self.shape, DTYPES[self.dtype].itemsize)
+    def traffic(self) -> CaseTraffic:
+        return case_traffic(self.shape, DTYPES[self.dtype], self.layout)
 
     def pipeline(self, peer: str) -> list[Callable[..., Any]]:
         """[forward, backward]; the backward drops output, graph and gradients, as a training step does."""
@@ -159,32 +187,48 @@ class Case:
     def results(self, peer: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Output, gradients and updated running statistics of one call, in float64."""
         inputs = [t.detach().clone().to(dtype or t.dtype).requires_grad_() for t in self.inputs]
-        stats = [(torch.zeros if i % 2 == 0 else torch.ones)(self.shape.c, dtype=dtype) for i in range(len(self.stats))]
+        stats = [torch.full_like(s, i % 2, dtype=dtype) for i, s in enumerate(self.stats)]
         out = PEERS[peer](self.shape.op, inputs, stats, True)
         grads = torch.autograd.grad(out, inputs, self.grad_out.to(out.dtype))
+        return self.named(out, grads, stats)
+
+    def named(self, out: Tensor, grads: Sequence[Tensor], stats: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What a call gave, in float64."""
         named = (
             {"out": out} | {f"grad{i}": g for i, g in enumerate(grads)} | {f"stat{i}": s for i, s in enumerate(stats)}
         )
         return {k: v.detach().double() for k, v in named.items()}
 
-    def gate(self, peer: str = "fusedres") -> None:
-        """Raise unless every result is as near to float64 as eager's at the same dtype is.
+    def expected(self) -> dict[str, tuple[Tensor, float]]:
+        """Float64 results, and for each the relative L2 error that is allowed.
 
-        Relative L2 errors: at most twice eager's, plus what a few ReLU or pooling decisions within rounding of a tie
-        change. (The tests hold the stricter rule, element by element.)
+        At most twice eager's, plus what a few ReLU or pooling decisions within rounding of a tie change. The tests hold
+        the stricter rule, element by element.
         """
-        exact = self.results("eager", torch.float64)
-        eager, ours = self.results("eager"), self.results(peer)
+        exact, eager = self.results("eager", torch.float64), self.results("eager")
         slack = {"float32": 1e-3, "bfloat16": 2**-7, "float16": 2**-9}[self.dtype]
-        for name, reference in exact.items():
+        return {
+            name: (reference, 2 * float(_relative_error(eager[name], reference)) + slack)
+            for name, reference in exact.items()
+        }
+
+    def check(self, ours: dict[str, Tensor], expected: dict[str, tuple[Tensor, float]]) -> None:
+        """Raise AssertionError unless every result is within what is allowed."""
+        for name, (reference, allowed) in expected.items():
             if ours[name].shape != reference.shape:
                 got, wanted = tuple(ours[name].shape), tuple(reference.shape)
                 raise AssertionError(f"{self.key}: {name} has shape {got}, eager {wanted}")
-            scale = reference.norm().clamp_min(1e-12)
-            error = (ours[name] - reference).norm() / scale
-            allowed = 2 * (eager[name] - reference).norm() / scale + slack
+            error = float(_relative_error(ours[name], reference))
             if not error <= allowed:  # also catches NaN
                 raise AssertionError(f"{self.key}: {name} is off by {error:.2e} (relative L2), allowed {allowed:.2e}")
+
+    def gate(self, peer: str = "fusedres") -> None:
+        """Raise unless every result of a fresh call is as near to float64 as eager's at the same dtype is."""
+        self.check(self.results(peer), self.expected())
+
+
+def _relative_error(value: Tensor, reference: Tensor) -> Tensor:
+    return (value - reference).norm() / reference.norm().clamp_min(1e-12)
 
 
 @dataclass(frozen=True)
@@ -248,11 +292,11 @@ def measure(case: Case, *, gate: bool = True, clock: str = "cpu", **options: Any
         backward_ratio=done.ratio("fusedres", 1).value,
         fused_forward_ms=fused.stage_medians[0] * 1e3,
         fused_backward_ms=fused.stage_medians[1] * 1e3,
-        floor_bytes=traffic.total,
-        fused_gb_per_s=traffic.total / fused.median * 1e-9,
-        eager_gb_per_s=traffic.total / eager.median * 1e-9,
+        floor_bytes=traffic.floor,
+        fused_gb_per_s=traffic.floor / fused.median * 1e-9,
+        eager_gb_per_s=traffic.floor / eager.median * 1e-9,
         copy_gb_per_s=copy * 1e-9,
-        share_of_copy=traffic.total / fused.median / copy,
+        share_of_copy=traffic.floor / fused.median / copy,
         eager_faults=eager.faults_per_call,
         fused_faults=fused.faults_per_call,
         rounds=done.rounds,

@@ -18,6 +18,7 @@ PLAIN: dict[str, Callable[[], nn.Module]] = {
 }
 INPUTS = {"resnet18": (3, 224, 224), "resnet50": (3, 224, 224), "cifar_resnet20": (3, 32, 32)}
 KINDS = ("eager", "compile", "fusedres")
+MODES = {"compile": None, "compile-max": "max-autotune-no-cudagraphs"}  # of torch.compile
 
 
 def _fused(model: str) -> nn.Module:
@@ -27,9 +28,20 @@ def _fused(model: str) -> nn.Module:
 
 
 class Step:
-    """One training step per call: forward, cross entropy, backward, SGD with momentum, gradients freed."""
+    """One training step per call: forward, cross entropy, backward, SGD with momentum, gradients freed.
 
-    def __init__(self, model: str, kind: str = "eager", dtype: str = "float32", batch: int = 8, seed: int = 0) -> None:
+    `kind`: eager, fusedres, or a mode of torch.compile: compile, compile-max.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        kind: str = "eager",
+        dtype: str = "float32",
+        batch: int = 8,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be 'float32' or 'bfloat16' (autocast), got {dtype!r}")
         torch.manual_seed(seed)
@@ -37,26 +49,34 @@ class Step:
         module = plain if kind != "fusedres" else _fused(model)
         if module is not plain:
             module.load_state_dict(plain.state_dict(), strict=True)
-        self.module = module.to(memory_format=torch.channels_last)
+        self.module = module.to(device, memory_format=torch.channels_last)
         classes = self.module.fc.out_features
         data = torch.Generator().manual_seed(seed)  # its own: the models draw differently many numbers
-        self.x = torch.randn(batch, *INPUTS[model], generator=data).contiguous(memory_format=torch.channels_last)
-        self.target = torch.randint(0, classes, (batch,), generator=data)
-        self.autocast = dtype == "bfloat16"
-        self.optimizer = torch.optim.SGD(self.module.parameters(), lr=1e-3, momentum=0.9, foreach=False)
-        self.run = torch.compile(self.module) if kind == "compile" else self.module
+        x = torch.randn(batch, *INPUTS[model], generator=data)
+        self.x = x.to(device, memory_format=torch.channels_last)
+        self.target = torch.randint(0, classes, (batch,), generator=data).to(device)
+        on_cpu = self.x.is_cpu
+        # The cache of casted weights would outlive the capture of a graph, and each weight is used once anyway.
+        self.autocast = {"enabled": dtype == "bfloat16", "cache_enabled": on_cpu}
+        foreach = False if on_cpu else None
+        self.optimizer = torch.optim.SGD(self.module.parameters(), lr=1e-3, momentum=0.9, foreach=foreach)
+        self.run = torch.compile(self.module, mode=MODES[kind]) if kind in MODES else self.module
 
     def loss(self) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.x.device.type, torch.bfloat16, **self.autocast):
             logits = self.run(self.x)
         return nn.functional.cross_entropy(logits.float(), self.target)
 
-    def __call__(self) -> float:
+    def step(self) -> Tensor:
+        """The loss before the step, without waiting for it."""
         loss = self.loss()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
+        return loss.detach()
+
+    def __call__(self) -> float:
+        return float(self.step())
 
 
 def gate(model: str, dtype: str, steps: dict[str, Step], rounds: int = 3) -> dict[str, list[float]]:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import nn
 
-from benchmarks.cases import OPS, Case, Traffic, byte_floor
+from benchmarks.cases import OPS, Case, case_traffic
 from benchmarks.environment import device_slug, environment
 from benchmarks.harness import Ratio, compare, copy_bandwidth, geometric_mean
 from benchmarks.plain_resnet import PlainBasicBlock, plain_resnet18, plain_resnet50
@@ -104,14 +104,22 @@ def test_gate_refuses_other_losses() -> None:
         gate("cifar_resnet20", "float32", steps, rounds=1)
 
 
-def test_byte_floor_counts_passes() -> None:
+def test_traffic_counts_passes() -> None:
     t = 8 * 64 * 56 * 56 * 4
     m = t // 32
-    shape = Shape("batch_norm_act", True, 8, 64, 56, 56)
-    assert byte_floor(shape, 4) == Traffic(forward=4 * t + m, backward=6 * t + 2 * m, touched=6 * t + m)
-    pool = byte_floor(Shape("batch_norm_act_max_pool", False, 8, 64, 112, 112), 2)
+    found = case_traffic(Shape("batch_norm_act", True, 8, 64, 56, 56), torch.float32)
+    vectors = 64 * 4
+    assert found.forward.floor == 4 * t + m + 9 * vectors  # 2 affine, 2 running in and out, 3 saved
+    assert found.backward.floor == 6 * t + 2 * m + 6 * vectors  # 1 affine and 3 saved in, 2 gradients out
+    assert found.touched == 6 * t + m
+    pool = case_traffic(Shape("batch_norm_act_max_pool", False, 8, 64, 112, 112), torch.bfloat16)
     x = 8 * 64 * 112 * 112 * 2
-    assert pool == Traffic(forward=2 * x + x // 4, backward=3 * x + x // 2, touched=2 * x + x // 2)
+    assert pool.forward.floor - 9 * vectors == 2 * x + x // 4
+    assert pool.backward.floor - 7 * vectors == 3 * x + x // 2
+    assert pool.touched == 2 * x + x // 2
+    for shape in resnet_shapes():
+        of = case_traffic(shape, torch.bfloat16)
+        assert of.touched <= of.floor
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])

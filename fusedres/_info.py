@@ -55,6 +55,7 @@ def info() -> dict[str, Any]:
     Returns:
         ``version, torch, python, platform, triton``; ``libraries`` (loaded, path and the loader's message of each);
         ``cpu`` (name, threads, capability: the instruction set in use); ``devices``; ``backend`` (forced, or "auto");
+        ``choices`` (CUDA device -> the measurements that choose between backends, see ``benchmarks/tune.py``);
         ``ops`` (op -> device -> served_by, why). Devices other than CPU and CUDA are always served by eager PyTorch.
     """
     return {
@@ -67,6 +68,7 @@ def info() -> dict[str, Any]:
         "cpu": {"name": _cpu_name(), "threads": torch.get_num_threads(), "capability": _capability()},
         "devices": _devices(),
         "backend": registry.backend(),
+        "choices": {f"cuda:{i}": registry.table_of(i).source for i in range(torch.cuda.device_count())},
         "ops": {
             name: {device: registry.served_by(op, device) for device in ("cpu", "cuda")}
             for name, op in registry.OPS.items()

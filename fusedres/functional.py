@@ -7,13 +7,15 @@ where they serve it, and to plain ATen otherwise: other devices, tracers (fx, ``
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling
 from torch.nn import functional as F
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .ops import registry
 from .ops.add_act import ADD_ACT, ADD_ACT_BACKWARD, AddActFunction
@@ -42,7 +44,7 @@ from .ops.checks import (
     pair,
     pooled_size,
 )
-from .ops.layout import dense, laid_out_like
+from .ops.layout import dense
 
 __all__ = [
     "add_act",
@@ -52,94 +54,170 @@ __all__ = [
     "conv_bn_act",
 ]
 
-_SMALL_ADD = 16 * 1024  # elements; below this the fixed cost of a call decides, and eager's relu(x + residual) has less
-_SMALL_NORM = 8 * 1024  # likewise, for batch normalisation
+# Elements below which ATen's own kernels serve, for there the fixed cost of a call decides. As measured: of a
+# channels_last tensor and of a contiguous one, without a residual and with one, for forward and backward together.
+_SMALL_TRAINING = ((4 * 1024, 10 * 1024), (0, 4 * 1024))
+_SMALL_EVALUATION = ((12 * 1024, 24 * 1024), (4 * 1024, 12 * 1024))
+_SMALL_POOL_TRAINING, _SMALL_POOL_EVALUATION = 24 * 1024, 12 * 1024  # of a contiguous tensor only
+_SMALL_ADD = 8 * 1024  # of any dtype
+_SMALL_WIDE_ADD = 64 * 1024  # of more than 16 bits, on a CPU
+_WINDOW = ("kernel_size", "stride", "padding", "dilation")
 _MOST_TAPS = 255  # elements of a pooling window that the native kernels can number
 
 # What a native op or the way to it raises when it refuses arguments; nothing has been updated then.
-_REFUSED = (RuntimeError, TypeError, ValueError, AttributeError)
+_REFUSED = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
+
+_ONE = torch.ones((), dtype=torch.int64, device="cpu")  # adding a tensor costs less than adding a number
+
+_functorch_is_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 
 def _is_traced() -> bool:
     """Whether something records or transforms this call, so that it must see plain ATen ops."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return torch.compiler.is_exporting()
     return torch._C._get_tracing_state() is not None
 
 
-def _requires_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _is_plain(x: Tensor, act: str | None) -> bool:
+    """Whether a call on a CPU tensor may run at once, unchecked: nothing records or transforms it.
 
-
-def _natively(op: registry.Op, x: Any, act: str | None) -> bool:
-    """Whether a call may go straight to the native CPU op, which checks its arguments itself.
-
-    If it refuses them, the way through the checks says why in words, or finds that eager PyTorch serves the call.
+    If what it runs refuses the arguments, the way through the checks says why in words, or finds what serves the call.
     """
+    return (
+        not is_compiling()
+        and not _functorch_is_active()
+        and forward_ad._current_level < 0
+        and _tracing_state() is None
+        and x.is_cpu
+        and (act == "relu" or act is None)
+    )
+
+
+def _natively(op: registry.Op) -> bool:
+    """Whether a plain call may go straight to the native CPU op, which checks its arguments itself."""
     return (
         op.cpu is not None
         and not registry.forced_elsewhere("cpu")
-        and (act == "relu" or act is None)
-        and not torch.compiler.is_compiling()
-        and not _is_traced()
         # A hook that packs saved tensors may raise after the statistics have moved: no second try then.
-        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-        and x.is_cpu
+        and _saved_tensors_hooks(False) is None
     )
+
+
+def _aten_batch_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor | None:
+    """``torch.batch_norm`` of a plain call, the counter, the residual; None where checks are needed.
+
+    They are where something might fail after something else was updated. What ATen checks before it writes is not
+    checked here: sizes, and that the dtypes of ``weight`` and the statistics go with that of ``x``.
+    """
+    if (weight is not None and weight.dim() != 1) or (bias is not None and bias.dim() != 1):
+        return None
+    if residual is not None and (residual.dtype is not x.dtype or residual.layout is not torch.strided):
+        return None
+    if training is False:
+        if not eps >= 0:
+            return None
+        y = torch.batch_norm(x, weight, bias, running_mean, running_var, False, momentum, eps, False)
+        return y if residual is None else y.add_(residual)
+    if training is not True or type(momentum) is not float or not eps > 0 or _saved_tensors_hooks(False) is not None:
+        return None
+    if running_mean is None or running_var is None:
+        if running_mean is not running_var or x.numel() <= x.size(1):
+            return None
+    elif (
+        x.numel() <= running_mean.numel()
+        or not running_var.is_cpu
+        or (weight is not None and not weight.is_cpu)
+        or (bias is not None and (not bias.is_cpu or bias.dtype is not running_mean.dtype))
+    ):
+        return None
+    if residual is not None and (residual.shape != x.shape or not residual.is_cpu):
+        return None
+    n = num_batches_tracked
+    if n is not None and (n.dtype is not torch.int64 or n.numel() != 1 or not n.is_cpu or n.is_inference()):
+        return None
+    y = torch.batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps, False)
+    if n is not None:
+        n.add_(_ONE)
+    return y if residual is None else y.add_(residual)
 
 
 def _distinct(t: Tensor, x: Tensor) -> Tensor:
     """``t``; while compiling a view of it if it is ``x``: Dynamo refuses a Function that is given one tensor twice."""
-    return t.view_as(t) if t is x and torch.compiler.is_compiling() else t
+    return t.view_as(t) if t is x and is_compiling() else t
 
 
-def _small_batch_norm(x: Tensor, residual: Tensor | None, norm: tuple[Any, ...]) -> Tensor | None:
-    """Eager's batch normalisation of a tensor so small that the cost of a call decides; None where checks are needed.
+def _applied(function: type[Function]) -> Any:
+    """``function.apply`` without what it does, in Python and for 2 us, for transforms that are not active here.
 
-    The conditions are those under which ``torch.batch_norm`` cannot fail half-way, with one statistic updated.
+    A tensor that leaked from one still has to go through ``_unwrap_if_dead``.
     """
-    weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps = norm
-    if not training or x.numel() >= _SMALL_NORM or registry.forced():
-        return None
-    if weight is None or bias is None or running_mean is None or running_var is None:
-        return None
-    if residual is not None:
-        alike = residual.shape == x.shape and residual.dtype == x.dtype
-        if not alike or not residual.is_cpu or residual.layout != torch.strided:
-            return None
-    n = num_batches_tracked
-    if n is not None and (not n.is_cpu or n.dtype != torch.int64 or n.numel() != 1 or n.is_inference()):
-        return None
-    channels, dtype = x.size(1), weight.dtype
-    for v in (weight, bias, running_mean, running_var):
-        if v.dim() != 1 or v.numel() != channels or v.dtype != dtype or not v.is_cpu:
-            return None
-    wrong_dtype = dtype != x.dtype and (dtype != torch.float32 or x.dtype == torch.float64)
-    if wrong_dtype or x.dim() != 4 or x.numel() <= channels or type(momentum) is not float or not eps > 0:
-        return None
-    _check_statistics(training, running_mean, running_var)
-    _check_saved(x, weight, bias)
-    y = torch.batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, False)
-    if n is not None:
-        n.add_(1)
-    return y
+    return super(Function, function).apply
 
 
-def _check_saved(x: Tensor, *others: Tensor | None) -> None:
-    """Before the kernels run: a tensor that autograd could not save would fail after the statistics have moved."""
-    if x.is_inference() or any(t is not None and t.is_inference() for t in others):
-        raise RuntimeError("inference tensors cannot be saved for backward")
+def _check_saved(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Before the kernels run: a tensor that autograd could not save would fail after the statistics have moved.
+
+    It is an inference tensor, and reading its version is the cheapest way to have it refused.
+    """
+    x._version  # noqa: B018
+    if weight is not None:
+        weight._version  # noqa: B018
+    if bias is not None:
+        bias._version  # noqa: B018
 
 
-def _check_statistics(training: Any, *statistics: Tensor | None) -> None:
+def _check_statistics(training: Any, running_mean: Tensor | None, running_var: Tensor | None) -> None:
     """What the native ops cannot see."""
     if training is not True and training is not False:
         raise TypeError("training must be bool")
-    for t in statistics:
-        if t is not None and t.requires_grad:
-            raise RuntimeError("statistics are not differentiable")
+    if (running_mean is not None and running_mean.requires_grad) or (
+        running_var is not None and running_var.requires_grad
+    ):
+        raise RuntimeError("statistics are not differentiable")
+
+
+_APPLY_NORM = _applied(BatchNormActFunction)
+_APPLY_PAIR = _applied(BatchNormAddBatchNormActFunction)
+_APPLY_POOL = _applied(BatchNormActMaxPoolFunction)
+_APPLY_ADD = _applied(AddActFunction)
+
+
+@functools.lru_cache(maxsize=64)
+def _pools(
+    kernel: int | tuple[int, int],
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int],
+    dilation: int | tuple[int, int],
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+) -> bool:
+    """Whether ATen pools by these windows: they fit, and none may lie in the padding altogether."""
+    pairs = (v if isinstance(v, tuple) else (v, v) for v in (kernel, stride, padding, dilation))
+    for size, k, s, p, d in zip((height, width), *pairs, strict=True):
+        if not 1 <= min(k, s, d) <= max(k, s) < 2**31 or not 0 <= p <= ((k - 1) * d + 1) // 2 or d > size:
+            return False
+        if pooled_size(size, k, s, p, d, False) < 1:
+            return False
+    return channels > 0
 
 
 def _activated(y: Tensor, act: str | None) -> Tensor:
@@ -186,11 +264,10 @@ def batch_norm_act(
 
     The formula is that of :func:`torch.nn.functional.batch_norm`; see ``fusedres/ops/batch_norm_act.py``.
     """
-    tensors = (x, running_mean, running_var, weight, bias, residual, num_batches_tracked)
-    if has_torch_function(tensors):
+    if has_torch_function_variadic(x, running_mean, running_var, weight, bias, residual, num_batches_tracked):
         return handle_torch_function(
             batch_norm_act,
-            tensors,
+            (x, running_mean, running_var, weight, bias, residual, num_batches_tracked),
             x,
             running_mean,
             running_var,
@@ -203,14 +280,22 @@ def batch_norm_act(
             act=act,
             num_batches_tracked=num_batches_tracked,
         )
-    norm = (weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
     try:
-        if _natively(BATCH_NORM_ACT, x, act):
-            y = _small_batch_norm(x, residual, norm)
-            if y is not None:
-                y = y if residual is None else y + residual
-                return y.relu_() if act == "relu" else y
-            return _batch_norm_act(x, residual, norm, act, BATCH_NORM_ACT.cpu, BATCH_NORM_ACT_BACKWARD.cpu)
+        if _is_plain(x, act):
+            numel = x.numel()
+            small, small_contiguous = (_SMALL_TRAINING if training else _SMALL_EVALUATION)[residual is not None]
+            if (
+                numel < small or (numel < small_contiguous and not x.is_contiguous(memory_format=torch.channels_last))
+            ) and not registry.forced():
+                y = _aten_batch_norm(
+                    x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
+                )
+                if y is not None:
+                    return y if act is None else y.relu_()
+            if _natively(BATCH_NORM_ACT):
+                statistics = (running_mean, running_var, num_batches_tracked, training, momentum, eps)
+                op, backward_op = BATCH_NORM_ACT.cpu._op, BATCH_NORM_ACT_BACKWARD.cpu._op
+                return _batch_norm_act(x, residual, weight, bias, statistics, act == "relu", op, backward_op)
     except _REFUSED:
         pass
 
@@ -221,7 +306,7 @@ def batch_norm_act(
     op = None if _is_traced() or x.dim() != 4 or x.numel() == 0 else registry.serve(BATCH_NORM_ACT, x)
     if op is None:
         check_not_inference({"x": x, "weight": weight})
-        y = eager_batch_norm(x, *norm)
+        y = eager_batch_norm(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
         return _activated(y if residual is None else y + residual, act)
     if residual is not None and (residual.dtype != x.dtype or residual.shape != x.shape):
         y = batch_norm_act(
@@ -239,23 +324,44 @@ def batch_norm_act(
         return _activated(y + residual, act)
 
     check_not_inference({"x": x, "weight": weight, "bias": bias})
-    return _batch_norm_act(x, residual, norm, act, op, registry.serve(BATCH_NORM_ACT_BACKWARD, x))
+    statistics = (running_mean, running_var, num_batches_tracked, training, momentum, eps)
+    backward_op = registry.serve(BATCH_NORM_ACT_BACKWARD, x)
+    return _batch_norm_act(x, residual, weight, bias, statistics, act == "relu", op, backward_op)
 
 
 def _batch_norm_act(
-    x: Tensor, residual: Tensor | None, norm: tuple[Any, ...], act: str | None, op: Any, backward_op: Any
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: tuple[Any, ...],
+    relu: bool,
+    op: Any,
+    backward_op: Any,
 ) -> Tensor:
-    """The fused op, or its Function where a gradient will be wanted; ``norm`` as the op's schema has it."""
-    weight, bias, running_mean, running_var, _, training = norm[:6]
-    _check_statistics(training, running_mean, running_var)
-    x = dense(x)
+    """The fused op, or its Function where a gradient will be wanted; ``statistics`` as the Function has them."""
+    _check_statistics(statistics[3], statistics[0], statistics[1])
+    x, memory_format = dense(x)
     if residual is not None:
-        residual = _distinct(laid_out_like(residual, x), x)
-    if not _requires_grad(x, residual, weight, bias):
-        return op(x, residual, *norm, act == "relu", False)[0]
-    if not torch.compiler.is_compiling():
-        _check_saved(x, weight, bias)
-    return BatchNormActFunction.apply(x, residual, *norm, act == "relu", op, backward_op)
+        residual = residual.contiguous(memory_format=memory_format)
+    if not torch.is_grad_enabled() or not (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        return op(x, residual, weight, bias, *statistics, relu, False)[0]
+    config = (statistics, relu, memory_format, op, backward_op)
+    if is_compiling():
+        return BatchNormActFunction.apply(x, None if residual is None else _distinct(residual, x), weight, bias, config)
+    _check_saved(x, weight, bias)
+    return _APPLY_NORM(
+        _unwrap_if_dead(x),
+        residual if residual is None else _unwrap_if_dead(residual),
+        weight if weight is None else _unwrap_if_dead(weight),
+        bias if bias is None else _unwrap_if_dead(bias),
+        config,
+    )
 
 
 def batch_norm_add_batch_norm_act(
@@ -299,13 +405,36 @@ def batch_norm_add_batch_norm_act(
     training2 = training if training2 is None else training2
     momentum2 = momentum if momentum2 == "same" else momentum2
     eps2 = eps if eps2 is None else eps2
-    first = (weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
-    second = (weight2, bias2, running_mean2, running_var2, num_batches_tracked2, training2, momentum2, eps2)
-    tensors = (x, x2, *first[:5], *second[:5])
-    if has_torch_function(tensors):
+    if has_torch_function_variadic(
+        x,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        num_batches_tracked,
+        x2,
+        running_mean2,
+        running_var2,
+        weight2,
+        bias2,
+        num_batches_tracked2,
+    ):
         return handle_torch_function(
             batch_norm_add_batch_norm_act,
-            tensors,
+            (
+                x,
+                running_mean,
+                running_var,
+                weight,
+                bias,
+                num_batches_tracked,
+                x2,
+                running_mean2,
+                running_var2,
+                weight2,
+                bias2,
+                num_batches_tracked2,
+            ),
             x,
             running_mean,
             running_var,
@@ -326,11 +455,13 @@ def batch_norm_add_batch_norm_act(
             num_batches_tracked=num_batches_tracked,
             num_batches_tracked2=num_batches_tracked2,
         )
+    statistics = (running_mean, running_var, num_batches_tracked, training, momentum, eps)
+    statistics2 = (running_mean2, running_var2, num_batches_tracked2, training2, momentum2, eps2)
     try:
-        if _natively(BATCH_NORM_ADD_BATCH_NORM_ACT, x, act):
-            backward_op = BATCH_NORM_ADD_BATCH_NORM_ACT_BACKWARD.cpu
+        if _is_plain(x, act) and _natively(BATCH_NORM_ADD_BATCH_NORM_ACT):
+            op, backward_op = BATCH_NORM_ADD_BATCH_NORM_ACT.cpu._op, BATCH_NORM_ADD_BATCH_NORM_ACT_BACKWARD.cpu._op
             return _batch_norm_add_batch_norm_act(
-                x, first, x2, second, act, BATCH_NORM_ADD_BATCH_NORM_ACT.cpu, backward_op
+                x, weight, bias, statistics, x2, weight2, bias2, statistics2, act == "relu", op, backward_op
             )
     except _REFUSED:
         pass
@@ -342,33 +473,64 @@ def batch_norm_add_batch_norm_act(
     )
     check_addend("x2", x2, x)
     unfused = _is_traced() or x.dim() != 4 or x.numel() == 0 or x2.shape != x.shape or x2.dtype != x.dtype
-    if torch.compiler.is_compiling():  # Dynamo refuses a Function that is given one tensor twice
-        unfused = unfused or any(b is not None and b is a for a, b in zip(first[:5], second[:5], strict=True))
+    if is_compiling():  # Dynamo refuses a Function that is given one tensor twice
+        first = (weight, bias, running_mean, running_var, num_batches_tracked)
+        second = (weight2, bias2, running_mean2, running_var2, num_batches_tracked2)
+        unfused = unfused or any(b is not None and b is a for a, b in zip(first, second, strict=True))
     op = None if unfused else registry.serve(BATCH_NORM_ADD_BATCH_NORM_ACT, x)
     if op is None:
         check_not_inference({"x": x, "weight": weight, "x2": x2, "weight2": weight2})
-        return _activated(eager_batch_norm(x, *first) + eager_batch_norm(x2, *second), act)
+        y = eager_batch_norm(x, weight, bias, *statistics)
+        return _activated(y + eager_batch_norm(x2, weight2, bias2, *statistics2), act)
 
     check_not_inference({"x": x, "weight": weight, "bias": bias, "x2": x2, "weight2": weight2, "bias2": bias2})
     backward_op = registry.serve(BATCH_NORM_ADD_BATCH_NORM_ACT_BACKWARD, x)
-    return _batch_norm_add_batch_norm_act(x, first, x2, second, act, op, backward_op)
+    return _batch_norm_add_batch_norm_act(
+        x, weight, bias, statistics, x2, weight2, bias2, statistics2, act == "relu", op, backward_op
+    )
 
 
 def _batch_norm_add_batch_norm_act(
-    x: Tensor, first: tuple[Any, ...], x2: Tensor, second: tuple[Any, ...], act: str | None, op: Any, backward_op: Any
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: tuple[Any, ...],
+    x2: Tensor,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
+    statistics2: tuple[Any, ...],
+    relu: bool,
+    op: Any,
+    backward_op: Any,
 ) -> Tensor:
     """The fused op, or its Function where a gradient will be wanted."""
-    _check_statistics(first[5], *first[2:4], *second[2:4])
-    _check_statistics(second[5])
-    x = dense(x)
-    x2 = _distinct(laid_out_like(x2, x), x)
-    arguments = (x, *first, x2, *second, act == "relu")
-    saved = (*first[:2], x2, *second[:2])
-    if not _requires_grad(x, *saved):
-        return op(*arguments)[0]
-    if not torch.compiler.is_compiling():
-        _check_saved(x, *saved)
-    return BatchNormAddBatchNormActFunction.apply(*arguments, op, backward_op)
+    _check_statistics(statistics[3], statistics[0], statistics[1])
+    _check_statistics(statistics2[3], statistics2[0], statistics2[1])
+    x, memory_format = dense(x)
+    x2 = x2.contiguous(memory_format=memory_format)
+    if not torch.is_grad_enabled() or not (
+        x.requires_grad
+        or x2.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (weight2 is not None and weight2.requires_grad)
+        or (bias2 is not None and bias2.requires_grad)
+    ):
+        return op(x, weight, bias, *statistics, x2, weight2, bias2, *statistics2, relu)[0]
+    config = (statistics, statistics2, relu, memory_format, op, backward_op)
+    if is_compiling():
+        return BatchNormAddBatchNormActFunction.apply(x, weight, bias, _distinct(x2, x), weight2, bias2, config)
+    _check_saved(x, weight, bias)
+    _check_saved(x2, weight2, bias2)
+    return _APPLY_PAIR(
+        _unwrap_if_dead(x),
+        weight if weight is None else _unwrap_if_dead(weight),
+        bias if bias is None else _unwrap_if_dead(bias),
+        _unwrap_if_dead(x2),
+        weight2 if weight2 is None else _unwrap_if_dead(weight2),
+        bias2 if bias2 is None else _unwrap_if_dead(bias2),
+        config,
+    )
 
 
 def batch_norm_act_max_pool(
@@ -402,11 +564,10 @@ def batch_norm_act_max_pool(
     Raises:
         As :func:`batch_norm_act`; RuntimeError for a window that does not fit, TypeError for one that is not integer.
     """
-    tensors = (x, running_mean, running_var, weight, bias, num_batches_tracked)
-    if has_torch_function(tensors):
+    if has_torch_function_variadic(x, running_mean, running_var, weight, bias, num_batches_tracked):
         return handle_torch_function(
             batch_norm_act_max_pool,
-            tensors,
+            (x, running_mean, running_var, weight, bias, num_batches_tracked),
             x,
             running_mean,
             running_var,
@@ -423,39 +584,47 @@ def batch_norm_act_max_pool(
             act=act,
             num_batches_tracked=num_batches_tracked,
         )
-    kernel = pair("kernel_size", kernel_size)
-    window = (
-        kernel,
-        kernel if stride is None else pair("stride", stride),
-        pair("padding", padding),
-        pair("dilation", dilation),
-    )
-    norm = (weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
+    window = (kernel_size, stride, padding, dilation)
+    if not type(kernel_size) is type(stride) is type(padding) is type(dilation) is int:
+        kernel_size = pair("kernel_size", kernel_size)
+        stride = kernel_size if stride is None else pair("stride", stride)
+        window = (kernel_size, stride, pair("padding", padding), pair("dilation", dilation))
+    statistics = (running_mean, running_var, num_batches_tracked, training, momentum, eps)
     try:
-        if _natively(BATCH_NORM_ACT_MAX_POOL, x, act):
-            check_bool("ceil_mode", ceil_mode)
-            backward_op = BATCH_NORM_ACT_MAX_POOL_BACKWARD.cpu
-            return _batch_norm_act_max_pool(
-                x, norm, act, (*window, ceil_mode), BATCH_NORM_ACT_MAX_POOL.cpu, backward_op
-            )
+        if _is_plain(x, act) and (ceil_mode is True or ceil_mode is False):
+            if (
+                x.numel() < (_SMALL_POOL_TRAINING if training else _SMALL_POOL_EVALUATION)
+                and not x.is_contiguous(memory_format=torch.channels_last)
+                and not registry.forced()
+                and _pools(*window, *x.shape)
+                and (y := _aten_batch_norm(x, None, weight, bias, *statistics)) is not None
+            ):
+                return torch.max_pool2d(y if act is None else y.relu_(), *window, ceil_mode)
+            if _natively(BATCH_NORM_ACT_MAX_POOL):
+                op, backward_op = BATCH_NORM_ACT_MAX_POOL.cpu._op, BATCH_NORM_ACT_MAX_POOL_BACKWARD.cpu._op
+                return _batch_norm_act_max_pool(
+                    x, weight, bias, statistics, act == "relu", (*window, ceil_mode), op, backward_op
+                )
     except _REFUSED:
         pass
 
     check_act(act)
     check_batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     check_bool("ceil_mode", ceil_mode)
+    window = tuple(pair(name, value) for name, value in zip(_WINDOW, window, strict=True))
     check_max_pool(x, *window, ceil_mode)
     op = registry.serve(BATCH_NORM_ACT_MAX_POOL, x)
     if x.size(2) < window[3][0] or x.size(3) < window[3][1]:
-        y = _activated(eager_batch_norm(x, *norm), act)
+        y = _activated(eager_batch_norm(x, weight, bias, *statistics), act)
         return _max_pool_of_padding(y, *window, ceil_mode)
-    if op is None or kernel[0] * kernel[1] > _MOST_TAPS or _is_traced() or x.numel() == 0:
+    if op is None or window[0][0] * window[0][1] > _MOST_TAPS or _is_traced() or x.numel() == 0:
         check_not_inference({"x": x, "weight": weight})
-        return F.max_pool2d(_activated(eager_batch_norm(x, *norm), act), *window, ceil_mode)
+        y = _activated(eager_batch_norm(x, weight, bias, *statistics), act)
+        return F.max_pool2d(y, *window, ceil_mode)
 
     check_not_inference({"x": x, "weight": weight, "bias": bias})
     backward_op = registry.serve(BATCH_NORM_ACT_MAX_POOL_BACKWARD, x)
-    return _batch_norm_act_max_pool(x, norm, act, (*window, ceil_mode), op, backward_op)
+    return _batch_norm_act_max_pool(x, weight, bias, statistics, act == "relu", (*window, ceil_mode), op, backward_op)
 
 
 def _max_pool_of_padding(
@@ -473,17 +642,32 @@ def _max_pool_of_padding(
 
 
 def _batch_norm_act_max_pool(
-    x: Tensor, norm: tuple[Any, ...], act: str | None, window: tuple[Any, ...], op: Any, backward_op: Any
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: tuple[Any, ...],
+    relu: bool,
+    window: tuple[Any, ...],
+    op: Any,
+    backward_op: Any,
 ) -> Tensor:
     """The fused op, or its Function where a gradient will be wanted."""
-    weight, bias, running_mean, running_var, _, training = norm[:6]
-    _check_statistics(training, running_mean, running_var)
-    x = dense(x)
-    if not _requires_grad(x, weight, bias):
-        return op(x, *norm, act == "relu", *window)[0]
-    if not torch.compiler.is_compiling():
-        _check_saved(x, weight, bias)
-    return BatchNormActMaxPoolFunction.apply(x, *norm, act == "relu", window, op, backward_op)
+    _check_statistics(statistics[3], statistics[0], statistics[1])
+    x, memory_format = dense(x)
+    if not torch.is_grad_enabled() or not (
+        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    ):
+        return op(x, weight, bias, *statistics, relu, *window)[0]
+    config = (statistics, relu, window, memory_format, op, backward_op)
+    if is_compiling():
+        return BatchNormActMaxPoolFunction.apply(x, weight, bias, config)
+    _check_saved(x, weight, bias)
+    return _APPLY_POOL(
+        _unwrap_if_dead(x),
+        weight if weight is None else _unwrap_if_dead(weight),
+        bias if bias is None else _unwrap_if_dead(bias),
+        config,
+    )
 
 
 def add_act(x: Tensor, residual: Tensor, *, act: str | None = "relu") -> Tensor:
@@ -501,20 +685,42 @@ def add_act(x: Tensor, residual: Tensor, *, act: str | None = "relu") -> Tensor:
         TypeError: an argument that is not a tensor. ValueError: ``act``. RuntimeError: shapes that do not broadcast,
         different devices, bool. NotImplementedError: complex or sparse tensors.
     """
-    plain = type(x) is Tensor and type(residual) is Tensor and act == "relu" and not registry.forced()
-    small = plain and x.numel() < _SMALL_ADD and x.is_floating_point()
-    if small and x.dtype == residual.dtype and x.shape == residual.shape:
-        return (x + residual).relu_()
-    if has_torch_function((x, residual)):
+    if (
+        type(x) is Tensor
+        and type(residual) is Tensor
+        and act == "relu"
+        and not is_compiling()
+        and (x.numel() < _SMALL_ADD or (x.numel() < _SMALL_WIDE_ADD and x.element_size() > 2 and x.is_cpu))
+        and residual.layout is torch.strided
+        and not registry.forced()
+    ):
+        try:
+            return (x + residual).relu_()
+        except RuntimeError:
+            pass
+    if has_torch_function_variadic(x, residual):
         return handle_torch_function(add_act, (x, residual), x, residual, act=act)
+    try:
+        if act == "relu" and _is_plain(x, act) and _natively(ADD_ACT):
+            return _add_act(x, residual, ADD_ACT.cpu._op, ADD_ACT_BACKWARD.cpu._op)
+    except _REFUSED:
+        pass
+
     check_act(act)
     op = _fused_add(x, residual, act)
     if op is None:
         _check_add(x, residual)
         return _activated(x + residual, act)
-    if not _requires_grad(x, residual):
+    return _add_act(x, residual, op, registry.serve(ADD_ACT_BACKWARD, x))
+
+
+def _add_act(x: Tensor, residual: Tensor, op: Any, backward_op: Any) -> Tensor:
+    """The fused op, or its Function where a gradient will be wanted."""
+    if not torch.is_grad_enabled() or not (x.requires_grad or residual.requires_grad):
         return op(x, residual, True, False)[0]
-    return AddActFunction.apply(x, _distinct(residual, x), op, registry.serve(ADD_ACT_BACKWARD, x))
+    if is_compiling():
+        return AddActFunction.apply(x, _distinct(residual, x), op, backward_op)
+    return _APPLY_ADD(_unwrap_if_dead(x), _unwrap_if_dead(residual), op, backward_op)
 
 
 def _check_add(x: Any, residual: Any) -> None:
@@ -538,7 +744,8 @@ def _fused_add(x: Any, residual: Any, act: str | None) -> Any:
     if x.stride() != residual.stride() or not is_dense:
         return None
     op = registry.serve(ADD_ACT, x)
-    return op if registry.forced() or x.numel() >= _SMALL_ADD else None
+    limit = _SMALL_WIDE_ADD if x.element_size() > 2 and x.is_cpu else _SMALL_ADD
+    return op if registry.forced() or x.numel() >= limit else None
 
 
 def conv_bn_act(

@@ -994,12 +994,13 @@ def verify(
     backend_names: tuple[str, ...] | None = None,
     quick: bool = False,
     progress: Callable[[str], None] = lambda text: None,
+    device_names: tuple[str, ...] | None = None,
 ) -> list[Row]:
-    """Check every op and block on all backends and devices; one row per op, backend, dtype and layout."""
+    """Check every op and block on all backends and devices, or those named; a row per op, backend, dtype and layout."""
     rows: dict[tuple[str, ...], Row] = {}
     threads = torch.get_num_threads()
     try:
-        _verify(ops, backend_names, quick, progress, rows, threads)
+        _verify(ops, backend_names, quick, progress, rows, threads, device_names)
     finally:
         torch.set_num_threads(threads)
     return list(rows.values())
@@ -1012,8 +1013,9 @@ def _verify(
     progress: Callable[[str], None],
     rows: dict[tuple[str, ...], Row],
     threads: int,
+    device_names: tuple[str, ...] | None,
 ) -> None:
-    for device in devices():
+    for device in [d for d in devices() if device_names is None or d in device_names]:
         available = [name for name, reason in backends(device).items() if reason is None]
         for op in ops:
             chosen = [name for name in available if backend_names is None or name in backend_names]

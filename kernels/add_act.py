@@ -10,18 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import round_to
+
 BLOCK = 2048  # elements per program: two (16 bit) or four (32 bit) 16-byte accesses per thread and tensor
 WARPS = 4
-
-
-@triton.jit
-def _round(y, dtype: tl.constexpr, INTERPRET: tl.constexpr):
-    """y in another dtype, to nearest even; the interpreter's own conversion from float32 to bfloat16 truncates."""
-    if INTERPRET and dtype == tl.bfloat16:
-        bits = y.to(tl.uint32, bitcast=True)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
-        y = tl.where(y == y, rounded.to(tl.float32, bitcast=True), y)
-    return y.to(dtype)
 
 
 @triton.jit
@@ -35,7 +27,6 @@ def _add_act_kernel(
     RELU: tl.constexpr,
     SAVE_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
-    INTERPRET: tl.constexpr,
 ):
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     compute: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
@@ -47,7 +38,7 @@ def _add_act_kernel(
     y = x.to(compute) + residual.to(compute)
     if RELU:
         y = tl.where(y <= 0.0, 0.0, y)  # NaN passes
-    out = _round(y, dtype, INTERPRET)
+    out = round_to(y, dtype)
     tl.store(out_ptr + element, out, mask=inside)
     if SAVE_MASK:
         keep = inside & ((out.to(compute) <= 0.0) == 0)  # of the rounded value
@@ -100,7 +91,6 @@ def add_act(x: Tensor, residual: Tensor, relu: bool, save_mask: bool) -> tuple[T
                 RELU=relu,
                 SAVE_MASK=save_mask,
                 BLOCK=BLOCK,
-                INTERPRET=triton.knobs.runtime.interpret,
                 num_warps=WARPS,
             )
     return out, mask

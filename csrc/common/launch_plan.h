@@ -84,7 +84,7 @@ constexpr int kForwardUnroll = 4, kBackwardUnroll = 2, kPairUnroll = 1;
 constexpr int64_t kMaxReduceRows = 64;
 constexpr int64_t kMaxApplyRows = 32;
 // Blocks that an SM runs at a time: what the kernels' registers allow, by their launch bounds.
-constexpr int kBlocks = 6, kPairBlocks = 4;
+constexpr int kStatisticsBlocks = 5, kBlocks = 6, kPairBlocks = 4;
 // With few blocks a slab must be small, or the rest of the GPU waits for them.
 constexpr int64_t kSmallSlabBytes = 64 * 1024;
 constexpr int kFewBlocks = 5;  // fewer than one block per this many SMs
@@ -122,6 +122,12 @@ inline int64_t quantities(const PlanProblem& p) { return p.backward ? 1 + p.norm
 inline int64_t fold_bytes(const PlanProblem& p, int threads, int lanes, int64_t block_columns) {
   const int64_t together = p.backward ? quantities(p) : 2;
   return 8 * (together * (threads / 2) * lanes + quantities(p) * block_columns);
+}
+
+// Threads of a block that adds up `entries` partial sums of each of its channels.
+inline int finish_threads(int64_t entries) {
+  constexpr int64_t kMost = kMaxFinishThreads / kFinishThreadsX;
+  return kFinishThreadsX * static_cast<int>(std::clamp<int64_t>(power_of_two_from(ceil_div(entries, 4)), 8, kMost));
 }
 
 }  // namespace plan
@@ -182,10 +188,13 @@ inline LaunchPlan plan_launches(const PlanProblem& p, const PlanDevice& device, 
     if (t.row_length != p.channels) return false;  // a channel has several columns, which may lie in several blocks
     // The widest rows of a slab for which every SM has a block; else the narrowest, 32 bytes.
     const int narrowest = std::max(2, byte_vectors);
+    const auto threads = [&](int x) {
+      return static_cast<int>(std::clamp<int64_t>(x * power_of_two_from(ceil_div(height, 4)), 64, kOnePassThreads));
+    };
     for (int x = 8; x > narrowest; x /= 2) {
-      if (fits_one_pass(x, kOnePassThreads) && t.tiles >= device.sms) return true;
+      if (fits_one_pass(x, threads(x)) && t.tiles >= device.sms) return true;
     }
-    return fits_one_pass(narrowest, kOnePassThreads);
+    return fits_one_pass(narrowest, threads(narrowest));
   };
 
   const int64_t read = t.numel * p.element_bytes * slab_tensors;
@@ -200,16 +209,15 @@ inline LaunchPlan plan_launches(const PlanProblem& p, const PlanDevice& device, 
   arrange(p.channels_last ? choose_threads_x(t.row_vectors, byte_vectors) : 1, static_cast<int>(threads));
   const int unit = !p.backward ? kForwardUnroll : p.norms == 1 ? kBackwardUnroll : kPairUnroll;
   const int64_t apply_slots = int64_t{device.sms} * (p.norms == 1 ? kBlocks : kPairBlocks);
-  const int64_t reduce_slots = p.backward ? apply_slots : int64_t{device.sms} * kBlocks / std::max(1, p.training);
+  const int64_t reduce_slots =
+      p.backward ? apply_slots : int64_t{device.sms} * kStatisticsBlocks / std::max(1, p.training);
   const int64_t reduce_shared = plan.reduce.shared_bytes, apply_shared = plan.apply.shared_bytes;
   plan.reduce = cut(height, t.threads_y, t.tiles, reduce_slots, kMaxReduceRows, unit);
   plan.apply = cut(height, t.threads_y, t.tiles, apply_slots, kMaxApplyRows, unit);
   plan.reduce.shared_bytes = reduce_shared;
   plan.apply.shared_bytes = apply_shared;
   const int64_t entries = plan.reduce.chunks * (t.columns / t.channels);  // partial sums of a channel
-  plan.finish_threads =
-      kFinishThreadsX * static_cast<int>(std::clamp<int64_t>(
-                            power_of_two_from(ceil_div(entries, 4)), 8, kMaxFinishThreads / kFinishThreadsX));
+  plan.finish_threads = finish_threads(entries);
   plan.reverse = true;
   const int64_t sets = p.backward ? 1 : p.training;  // of partial sums
   plan.partial_bytes = size * sets * quantities(p) * plan.reduce.chunks * t.columns;

@@ -513,6 +513,7 @@ template const MaxPoolKernels<half>& max_pool_kernels<half>();
 #else  // drivers and registration
 
 #include "batch_norm.h"
+#include "common/max_pool.h"
 
 namespace fusedres::cpu {
 namespace {
@@ -520,65 +521,6 @@ namespace {
 template <class T>
 const MaxPoolKernels<T>& max_pool_kernels() {
   FUSEDRES_RETURN_FOR_THIS_CPU(max_pool_kernels<T>());
-}
-
-using Ints = std::vector<int64_t>;
-
-int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation, bool ceil_mode) {
-  const int64_t span = size + 2 * pad - dilation * (kernel - 1) - 1;
-  STD_TORCH_CHECK(span >= 0 || ceil_mode, "x is too small for kernel_size");
-  int64_t steps = ceil_mode ? ceil_div(span, stride) : span / stride;
-  // The last window must start inside the input or its left padding.
-  if (ceil_mode && steps * stride >= size + pad) --steps;
-  STD_TORCH_CHECK(steps >= 0, "x is too small for kernel_size");
-  return steps + 1;
-}
-
-Pooling pooling_of(
-    const Layout4d& layout,
-    const Ints& kernel,
-    const Ints& stride,
-    const Ints& pad,
-    const Ints& dilation,
-    bool ceil_mode) {
-  for (const Ints* pair : {&kernel, &stride, &pad, &dilation})
-    STD_TORCH_CHECK(pair->size() == 2, "windows have two sizes");
-  for (int d = 0; d < 2; ++d) {
-    STD_TORCH_CHECK(
-        kernel[d] > 0 && stride[d] > 0 && dilation[d] > 0, "kernel_size, stride and dilation must be positive");
-    STD_TORCH_CHECK(
-        pad[d] >= 0 && pad[d] <= ((kernel[d] - 1) * dilation[d] + 1) / 2, "padding must be at most half of the window");
-  }
-  STD_TORCH_CHECK(
-      kernel[0] <= kNoWinner && kernel[1] <= kNoWinner && kernel[0] * kernel[1] <= kNoWinner,
-      "windows of more than 255 elements are not supported");
-  STD_TORCH_CHECK(
-      layout.height >= dilation[0] && layout.width >= dilation[1], "windows may not lie in the padding altogether");
-  Pooling p{
-      layout.batch,
-      layout.channels,
-      layout.height,
-      layout.width,
-      0,
-      0,
-      kernel[0],
-      kernel[1],
-      stride[0],
-      stride[1],
-      pad[0],
-      pad[1],
-      dilation[0],
-      dilation[1]};
-  p.out_height = pooled_size(p.height, p.kernel_h, p.stride_h, p.pad_h, p.dilation_h, ceil_mode);
-  p.out_width = pooled_size(p.width, p.kernel_w, p.stride_w, p.pad_w, p.dilation_w, ceil_mode);
-  // With one output the stride does not matter, and a huge one would make huge rings.
-  if (p.out_height == 1) p.stride_h = 1;
-  if (p.out_width == 1) p.stride_w = 1;
-  return p;
-}
-
-Layout4d pooled_layout(const Layout4d& layout, const Pooling& p) {
-  return {layout.batch, layout.channels, p.out_height, p.out_width, layout.channels_last};
 }
 
 // Output rows of a task of the channels_last kernels: enough to hide the rows that it normalises twice.
@@ -605,10 +547,9 @@ std::tuple<Tensor, Tensor> batch_norm_act_max_pool_cpu(
   const Layout4d layout = layout_of(x);
   const NormArguments arguments{weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps};
   check_norm(arguments, x, layout);
-  const Pooling p = pooling_of(layout, kernel, stride, pad, dilation, ceil_mode);
+  const Pooling p{pooling_of(layout, kernel, stride, pad, dilation, ceil_mode)};
   const Layout4d pooled = pooled_layout(layout, p);
-  const int64_t sizes[] = {pooled.batch, pooled.channels, pooled.height, pooled.width};
-  Tensor out = empty_strided(sizes, pooled.strides().data(), 4, x.scalar_type(), x);
+  Tensor out = empty_pooled(pooled, x);
   Tensor stats = empty_statistics(layout, x);
   const Tiling tiling(layout);
   dispatch(x.scalar_type(), [&]<class T>(T*) {
@@ -654,14 +595,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_max_pool_backward_cpu(
     bool need_dx,
     bool need_affine) {
   const Layout4d layout = layout_of(x);
-  const Pooling p = pooling_of(layout, kernel, stride, pad, dilation, ceil_mode);
+  const Pooling p{pooling_of(layout, kernel, stride, pad, dilation, ceil_mode)};
   const Layout4d pooled = pooled_layout(layout, p);
-  const Layout4d given = layout_of(dy);
-  const auto strides = pooled.strides();
-  const int64_t sizes[] = {pooled.batch, pooled.channels, pooled.height, pooled.width};
-  bool same = dy.scalar_type() == x.scalar_type() && given.numel() == pooled.numel();
-  for (int d = 0; d < 4; ++d) same = same && dy.size(d) == sizes[d] && (sizes[d] == 1 || dy.stride(d) == strides[d]);
-  STD_TORCH_CHECK(same, "dy must have the shape and strides of the output, and the dtype of x");
+  check_pooled("dy", dy, pooled, x);
   check_channel_vectors({&weight, &bias}, x, layout.channels);
   check_statistics(stats, x, layout.channels);
   Tensor dx = wanted_like(need_dx, x);

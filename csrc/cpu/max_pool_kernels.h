@@ -2,17 +2,12 @@
 #pragma once
 
 #include "batch_norm_kernels.h"
+#include "common/pooling.h"
 
 namespace fusedres::cpu {
 
-constexpr uint8_t kNoWinner = 255;  // the window's activation was cut: it sends no gradient
-
-// Windows as max_pool2d defines them. `rows` and `cols` are how many input rows and columns one window spans.
-struct Pooling {
-  int64_t batch, channels, height, width;  // input
-  int64_t out_height, out_width;           // output
-  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-
+// Windows, and the rows that the kernels keep of them.
+struct Pooling : fusedres::Pooling {
   int64_t span_h() const { return (kernel_h - 1) * dilation_h + 1; }
 
   // The plane kernels keep a row split by column modulo stride, so that the columns that one tap of the windows reads

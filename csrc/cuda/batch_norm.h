@@ -91,10 +91,10 @@ void launch_statistics(
 }
 
 template <typename T>
-void launch_finish_gradients(const FinishGradientsArguments<T>& a, const LaunchPlan& plan, cudaStream_t stream) {
-  const int64_t scratch = 3 * plan.finish_threads / 2 * sizeof(double);
+void launch_finish_gradients(const FinishGradientsArguments<T>& a, int threads, cudaStream_t stream) {
+  const int64_t scratch = 3 * threads / 2 * sizeof(double);
   const int64_t blocks = finish_blocks(a.tiles.channels);
-  launch_with_shared(finish_gradients_kernel<T>, blocks, plan.finish_threads, scratch, stream, a);
+  launch_with_shared(finish_gradients_kernel<T>, blocks, threads, scratch, stream, a);
 }
 
 }  // namespace fusedres

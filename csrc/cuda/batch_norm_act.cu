@@ -19,8 +19,7 @@ namespace {
 
 constexpr unsigned kWarp = 32;
 
-// ---- forward
-// ---------------------------------------------------------------------------------------------------------
+// ---- forward ----
 
 enum class Addend { none, residual, normalised };
 
@@ -97,24 +96,6 @@ struct Forward {
     if (part == 0 && bit / 8 < a.mask_bytes) a.mask[bit / 8] = static_cast<uint8_t>(bits);
   }
 };
-
-// Fills the parameters of a block's columns from the statistics, saved or running.
-template <typename T, bool kChannelsLast>
-__device__ void fill_parameters(
-    Compute<T>* parameters,
-    const BlockColumns<T, kChannelsLast>& columns,
-    const NormPointers<T>& norm,
-    bool from_running,
-    bool save) {
-  columns.for_each([&](int i) {
-    const int64_t c = columns.channel(i);
-    const auto s = from_running ? running_statistics(norm, c)
-                                : ChannelStatistics<Compute<T>>::load(norm.stats, columns.channels, c);
-    // The channels of folded pixels repeat; the first of them saves.
-    if (save && columns.first + i < columns.channels) s.store(norm.stats, columns.channels, c);
-    put_affine(parameters, columns.count, i, norm, c, s);
-  });
-}
 
 template <Addend kAddend>
 constexpr int kForwardUnroll = kAddend == Addend::none ? plan::kForwardUnroll : plan::kForwardUnroll / 2;
@@ -245,8 +226,7 @@ void run_forward(
   launch_with_shared(kernel, blocks, plan.tiles.threads(), plan.apply.shared_bytes, device.stream(), a);
 }
 
-// ---- backward
-// --------------------------------------------------------------------------------------------------------
+// ---- backward ----
 
 // How the gradient that reaches the sum of the addends is found: dy where the ReLU was open.
 enum class Relu { recomputed, stored, recomputed_of_pair };
@@ -597,7 +577,7 @@ void run_backward(
       finish.norm[n] = a.norm[n];
       finish.to[n] = a.to[n];
     }
-    launch_finish_gradients(finish, plan, device.stream());
+    launch_finish_gradients(finish, plan.finish_threads, device.stream());
   }
   if (!apply) return;
   a.pass = plan.apply;
@@ -607,8 +587,7 @@ void run_backward(
   launch_with_shared(kernel, blocks, threads, plan.apply.shared_bytes, device.stream(), a);
 }
 
-// ---- the ops
-// ---------------------------------------------------------------------------------------------------------
+// ---- the ops ----
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_act_cuda(
     const Tensor& x,
@@ -700,6 +679,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_cuda(
     bool need_dresidual,
     bool need_affine) {
   const Layout4d layout = layout_of(x);
+  STD_TORCH_CHECK(layout.numel() > 0, "x must not be empty");
   check_same_layout("dy", dy, x);
   check_channel_vectors({&weight, &bias}, x, layout.channels);
   check_statistics(stats, x, layout.channels);
@@ -709,7 +689,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward_cuda(
   Tensor dresidual = wanted_like(need_dresidual, x);
   Tensor dweight = wanted_parameter_gradient(need_affine, weight, stats);
   Tensor dbias = wanted_parameter_gradient(need_affine, weight, stats);
-  if (layout.numel() == 0) STD_TORCH_CHECK(false, "x must not be empty");
   const bool reduce = need_affine || (training && need_dx);
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -749,6 +728,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_batch_
     bool need_affine,
     bool need_affine2) {
   const Layout4d layout = layout_of(x);
+  STD_TORCH_CHECK(layout.numel() > 0, "x must not be empty");
   check_same_layout("dy", dy, x);
   check_same_layout("x2", x2, x);
   check_channel_vectors({&weight, &bias}, x, layout.channels);
@@ -762,7 +742,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_batch_
   Tensor dbias = wanted_parameter_gradient(need_affine, weight, stats);
   Tensor dweight2 = wanted_parameter_gradient(need_affine2, weight2, stats2);
   Tensor dbias2 = wanted_parameter_gradient(need_affine2, weight2, stats2);
-  STD_TORCH_CHECK(layout.numel() > 0, "x must not be empty");
   const bool sums = need_affine || (training && need_dx), sums2 = need_affine2 || (training2 && need_dx2);
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);

@@ -168,6 +168,24 @@ struct BlockColumns {
   }
 };
 
+// Fills the parameters of a block's columns from the statistics, saved or running.
+template <typename T, bool kChannelsLast>
+__device__ void fill_parameters(
+    Compute<T>* parameters,
+    const BlockColumns<T, kChannelsLast>& columns,
+    const NormPointers<T>& norm,
+    bool from_running,
+    bool save) {
+  columns.for_each([&](int i) {
+    const int64_t c = columns.channel(i);
+    const auto s = from_running ? running_statistics(norm, c)
+                                : ChannelStatistics<Compute<T>>::load(norm.stats, columns.channels, c);
+    // The channels of folded pixels repeat; the first of them saves.
+    if (save && columns.first + i < columns.channels) s.store(norm.stats, columns.channels, c);
+    put_affine(parameters, columns.count, i, norm, c, s);
+  });
+}
+
 // The numbers of this thread's columns from one row of parameters.
 template <int K, typename A>
 __device__ inline void get_columns(A (&to)[K], const A* row, const Tiles& t) {

@@ -1,9 +1,9 @@
 // Sums per channel, in two deterministic stages: every block writes partial sums of its chunk, and one more launch adds
 // them up in a fixed order, in double, and does what the sums are for.
 //
-// Statistics: a thread sums deviations, of at most a few dozen values, from the mean of its own first ones. The block finds its mean
-// from these and moves what its threads have to it, as Chan, Golub and LeVeque (1979) do, so that nothing cancels
-// whatever the mean; blocks are merged the same way in double.
+// Statistics: a thread sums deviations, of at most a few dozen values, from the mean of its own first ones. The block
+// finds its mean from these and moves what its threads have to it, as Chan, Golub and LeVeque (1979) do, so that
+// nothing cancels whatever the mean; blocks are merged the same way in double.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -179,42 +179,40 @@ struct Deviations {
     A* row = reinterpret_cast<A*>(totals_row);
     double sums[2][K];
     A from[K];
-    const auto broadcast = [&](A(&values)[K]) {
+    const auto broadcast = [&] {
       if (leads) {
 #pragma unroll
-        for (int i = 0; i < K; ++i) row[first + i] = values[i];
+        for (int i = 0; i < K; ++i) row[first + i] = from[i];
       }
       __syncthreads();
 #pragma unroll
-      for (int i = 0; i < K; ++i) values[i] = row[first + i];
+      for (int i = 0; i < K; ++i) from[i] = row[first + i];
       __syncthreads();
     };
     // The mean, about the shift of row 0.
 #pragma unroll
     for (int i = 0; i < K; ++i) from[i] = shift[i];
-    broadcast(from);
+    broadcast();
 #pragma unroll
     for (int i = 0; i < K; ++i) {
-      const A n = count_of_lane(i);
-      sums[0][i] = n;
-      sums[1][i] = multiply_add(n, shift[i] - from[i], sum[i]);
+      sums[0][i] = count_of_lane(i);
+      sums[1][i] = multiply_add(count_of_lane(i), shift[i] - from[i], sum[i]);
     }
     fold_rows(sums, scratch, t.threads_x, t.threads_y);
+    if (leads) {
 #pragma unroll
-    for (int i = 0; i < K; ++i) {
-      const A mean = from[i] + static_cast<A>(sums[1][i] / sums[0][i]);
-      if (is_finite(mean)) from[i] = mean;
+      for (int i = 0; i < K; ++i) {
+        const A mean = from[i] + static_cast<A>(sums[1][i]) / static_cast<A>(sums[0][i]);
+        if (is_finite(mean)) from[i] = mean;
+      }
     }
-    broadcast(from);
-    // What every thread has, about that mean.
+    broadcast();
+    // What every thread has, about that mean; in double, for it may be further from the shift than the values spread.
 #pragma unroll
     for (int i = 0; i < K; ++i) {
-      const A n = count_of_lane(i);
-      const A own_mean = n > 0 ? sum[i] / n : A(0);
-      const A rest = multiply_add(-sum[i], own_mean, square[i]);
-      const A delta = n > 0 ? (shift[i] - from[i]) + own_mean : A(0);
-      sums[0][i] = n * delta;
-      sums[1][i] = multiply_add(n * delta, delta, rest < 0 ? A(0) : rest);
+      const double n = count_of_lane(i), distance = shift[i] - from[i], own = sum[i];
+      sums[0][i] = own + n * distance;
+      sums[1][i] = square[i] + distance * (own + sums[0][i]);
     }
     fold_rows(sums, scratch, t.threads_x, t.threads_y);
 #pragma unroll
@@ -257,7 +255,7 @@ struct StatisticsArguments {
 
 // Partial statistics of the norms that train, one after the other in the grid, and their counters.
 template <typename T, bool kChannelsLast>
-__global__ void __launch_bounds__(plan::kThreads, plan::kBlocks)
+__global__ void __launch_bounds__(plan::kThreads, plan::kStatisticsBlocks)
     statistics_kernel(const __grid_constant__ StatisticsArguments<T> a) {
   constexpr int K = kLanes<T, kChannelsLast>;
   if (blockIdx.x == 0 && threadIdx.x == 0) {

@@ -33,6 +33,7 @@ def render(facts: dict[str, Any]) -> str:
         f"cpu        {cpu['name']}, {cpu['capability']}, {cpu['threads']} threads",
         f"devices    {', '.join(facts['devices'])}",
         f"backend    {facts['backend']}",
+        *(f"choices    {device}: {source}" for device, source in facts["choices"].items()),
         "",
         "libraries",
     ]

@@ -31,6 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         choices=("all", *verification.OPS, *verification.BLOCKS),
         help="default: all ops and blocks",
     )
+    parser.add_argument("--device", default="all", choices=("all", "cpu", "cuda"), help="default: all there are")
     parser.add_argument("--quick", action="store_true", help="a third of the cases")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.set_defaults(run=run)
@@ -43,22 +44,26 @@ def run(args: argparse.Namespace) -> int:
 
     from .. import verification
 
+    devices = [d for d in verification.devices() if args.device in ("all", d)]
+    if not devices:
+        print(f"fusedres verify: this machine has no {args.device} device that torch can use", file=sys.stderr)
+        return 2
     unavailable = {}
-    for device in verification.devices():
+    for device in devices:
         unavailable |= {
             f"{name} on {device}": reason for name, reason in verification.backends(device).items() if reason
         }
     if args.backend != "all":
-        served = [d for d in verification.devices() if verification.backends(d).get(args.backend, "") is None]
+        served = [d for d in devices if verification.backends(d).get(args.backend, "") is None]
         if not served:
             reasons = [reason for key, reason in unavailable.items() if key.startswith(args.backend)]
-            why = reasons[0] if reasons else f"no device for it; this machine has {', '.join(verification.devices())}"
+            why = reasons[0] if reasons else f"no device for it; this machine has {', '.join(devices)}"
             print(f"fusedres verify: backend {args.backend!r} cannot run here: {why}", file=sys.stderr)
             return 2
     ops = verification.OPS + verification.BLOCKS if args.op == "all" else (args.op,)
     names = None if args.backend == "all" else (args.backend,)
     start = time.perf_counter()
-    rows = verification.verify(ops, names, args.quick, _progress(sys.stderr))
+    rows = verification.verify(ops, names, args.quick, _progress(sys.stderr), tuple(devices))
     seconds = time.perf_counter() - start
     ok = bool(rows) and all(row.failed == 0 for row in rows)
     if args.json:

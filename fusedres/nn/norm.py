@@ -6,25 +6,49 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn.modules import module as _module
 
 from .. import functional as fused
 from ..ops.checks import check_act
 
 
-def _statistics(norm: nn.BatchNorm2d) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of ``functional.batch_norm_act`` for one call of ``norm``: as its own forward would have them."""
-    by_batch = norm.training or norm.running_mean is None
-    keep = not norm.training or norm.track_running_stats
+def _tensors(norm: nn.BatchNorm2d, traced: bool) -> tuple[Tensor | None, ...]:
+    """running_mean, running_var, weight, bias, num_batches_tracked.
+
+    From the module's own tables: ``nn.Module.__getattr__`` takes five times as long. By attribute where a symbolic
+    trace records the access, or where a parametrization or a replica keeps them elsewhere.
+    """
+    if not traced:
+        state = norm.__dict__
+        buffers, parameters = state["_buffers"], state["_parameters"]
+        try:
+            return (
+                buffers["running_mean"],
+                buffers["running_var"],
+                parameters["weight"],
+                parameters["bias"],
+                buffers["num_batches_tracked"],
+            )
+        except KeyError:
+            pass
     counter = norm.num_batches_tracked if norm.training and norm.track_running_stats else None
-    return (
-        norm.running_mean if keep else None,
-        norm.running_var if keep else None,
-        norm.weight,
-        norm.bias,
-    ), {
+    return norm.running_mean, norm.running_var, norm.weight, norm.bias, counter
+
+
+def _statistics(norm: nn.BatchNorm2d, traced: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of ``functional.batch_norm_act`` for one call of ``norm``: as its own forward would have them."""
+    running_mean, running_var, weight, bias, counter = _tensors(norm, traced)
+    training, momentum = norm.training, norm.momentum
+    by_batch = training or running_mean is None
+    if training and not norm.track_running_stats:
+        running_mean = running_var = None
+    if not training or not norm.track_running_stats:
+        counter = None
+    return (running_mean, running_var, weight, bias), {
         "training": by_batch,
         # Without a counter there is nothing to average over: nn.BatchNorm2d then moves its statistics by 0.
-        "momentum": norm.momentum if norm.momentum is not None or counter is not None else 0.0,
+        "momentum": momentum if momentum is not None or counter is not None else 0.0,
         "eps": norm.eps,
         "num_batches_tracked": counter,
     }
@@ -72,9 +96,10 @@ class BatchNormAct2d(nn.BatchNorm2d):
         self.act = act
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if not isinstance(x, torch.fx.Proxy):
+        traced = isinstance(x, Proxy)
+        if not traced:
             _check_four_dimensional(x)
-        positional, keywords = _statistics(self)
+        positional, keywords = _statistics(self, traced)
         return self._batch_norm_act(x, *positional, residual, **keywords, act=self.act)
 
     _batch_norm_act = staticmethod(fused.batch_norm_act)
@@ -84,24 +109,26 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return f"{super().extra_repr()}{without_bias}, act={self.act!r}"
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling ``module`` does more than its forward."""
     state = module.__dict__
-    return any(state[name] for name in _HOOKS) or "forward" in state
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )
 
 
 def _may_fuse(x: Tensor) -> bool:
     """Whether nothing wants to see the modules called: no global hooks, no symbolic trace (it freezes training)."""
-    module = torch.nn.modules.module
     return not (
-        isinstance(x, torch.fx.Proxy)
-        or module._global_forward_hooks
-        or module._global_forward_pre_hooks
-        or module._global_backward_hooks
-        or module._global_backward_pre_hooks
+        isinstance(x, Proxy)
+        or _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
     )
 
 

@@ -6,6 +6,8 @@ from which the backward makes the one gradient that both inputs share: ``dx = dr
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.autograd import Function
 
 from .layout import LANES
 from .registry import define
+from .traffic import Launch, Traffic, mask_size
 
 
 def _memory_order(x: Tensor) -> Tensor:
@@ -77,6 +80,23 @@ ADD_ACT_BACKWARD = define(
     cuda=True,
     triton=_triton_add_act_backward,
 )
+
+
+def add_act_traffic(
+    shape: Sequence[int], dtype: torch.dtype, *, layout: str = "channels_last", save_mask: bool = True
+) -> Traffic:
+    """Bytes of the forward: x and residual in, out and one bit per element out. The mask is in memory order, so that
+    ``layout`` makes no difference."""
+    elements = math.prod(shape)
+    t, mask = elements * dtype.itemsize, mask_size(elements) if save_mask else 0
+    return Traffic(3 * t + mask, (Launch("apply", 2 * t, t + mask),))
+
+
+def add_act_backward_traffic(shape: Sequence[int], dtype: torch.dtype, *, layout: str = "channels_last") -> Traffic:
+    """Bytes of the backward: dy and mask in, the one gradient of both inputs out."""
+    elements = math.prod(shape)
+    t, mask = elements * dtype.itemsize, mask_size(elements)
+    return Traffic(2 * t + mask, (Launch("apply", t + mask, t),))
 
 
 class AddActFunction(Function):

@@ -21,6 +21,7 @@ the sign of ``y`` is recomputed from ``x`` by the forward's own arithmetic, and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from .layout import is_channels_last, laid_out_like, mask_bytes, pack_mask, unpack_mask
+from .layout import mask_bytes, pack_mask, unpack_mask
 from .registry import define
+from .traffic import COEFFICIENTS, COUNTER, PARTIALS, STATS, SUMS, Sizes, Traffic, backward_traffic, forward_traffic
 
 _DIMS = (0, 2, 3)
 
@@ -278,6 +280,31 @@ def _batch_norm_add_batch_norm_act_backward_fake(
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
 
+
+def _triton_batch_norm_act() -> Any:
+    from ..kernels.batch_norm_act import batch_norm_act
+
+    return batch_norm_act
+
+
+def _triton_batch_norm_act_backward() -> Any:
+    from ..kernels.batch_norm_act import batch_norm_act_backward
+
+    return batch_norm_act_backward
+
+
+def _triton_batch_norm_add_batch_norm_act() -> Any:
+    from ..kernels.batch_norm_act import batch_norm_add_batch_norm_act
+
+    return batch_norm_add_batch_norm_act
+
+
+def _triton_batch_norm_add_batch_norm_act_backward() -> Any:
+    from ..kernels.batch_norm_act import batch_norm_add_batch_norm_act_backward
+
+    return batch_norm_add_batch_norm_act_backward
+
+
 _NORM = (
     "Tensor? weight{0}, Tensor? bias{0}, Tensor({1}!)? running_mean{0}, Tensor({2}!)? running_var{0}, "
     "Tensor({3}!)? num_batches_tracked{0}, bool training{0}, float? momentum{0}, float eps{0}"
@@ -290,6 +317,7 @@ BATCH_NORM_ACT = define(
     _batch_norm_act_reference,
     _batch_norm_act_fake,
     cuda=True,
+    triton=_triton_batch_norm_act,
 )
 
 BATCH_NORM_ACT_BACKWARD = define(
@@ -300,6 +328,7 @@ BATCH_NORM_ACT_BACKWARD = define(
     _batch_norm_act_backward_reference,
     _batch_norm_act_backward_fake,
     cuda=True,
+    triton=_triton_batch_norm_act_backward,
 )
 
 BATCH_NORM_ADD_BATCH_NORM_ACT = define(
@@ -309,6 +338,7 @@ BATCH_NORM_ADD_BATCH_NORM_ACT = define(
     _batch_norm_add_batch_norm_act_reference,
     _batch_norm_add_batch_norm_act_fake,
     cuda=True,
+    triton=_triton_batch_norm_add_batch_norm_act,
 )
 
 BATCH_NORM_ADD_BATCH_NORM_ACT_BACKWARD = define(
@@ -320,7 +350,175 @@ BATCH_NORM_ADD_BATCH_NORM_ACT_BACKWARD = define(
     _batch_norm_add_batch_norm_act_backward_reference,
     _batch_norm_add_batch_norm_act_backward_fake,
     cuda=True,
+    triton=_triton_batch_norm_add_batch_norm_act_backward,
 )
+
+
+# ---- traffic ---------------------------------------------------------------------------------------------------------
+
+
+def batch_norm_act_traffic(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    layout: str = "channels_last",
+    training: bool = True,
+    residual: bool = False,
+    relu: bool = True,
+    save_mask: bool | None = None,
+    affine: bool = True,
+    running: bool = True,
+    counter: bool = False,
+    cumulative: bool = False,
+    param_dtype: torch.dtype | None = None,
+    form: str = "two_pass",
+    tiles: int = 1,
+) -> Traffic:
+    """Bytes of the forward.
+
+    Args:
+        shape, dtype: of x, (N, C, H, W). layout: ``"channels_last"`` or ``"contiguous"``.
+        residual, affine, running, counter: whether there is a residual, are weight and bias, running statistics, and
+            ``num_batches_tracked``. cumulative: ``momentum=None``, whose factor comes from that counter.
+        save_mask: whether the mask is written; by default where the backward needs it, with a residual and ReLU.
+        param_dtype: of weight, bias and running statistics; by default that of the saved statistics.
+        form: ``"two_pass"``, or ``"one_pass"`` where a channel's values stay on the chip.
+        tiles: partial results per channel that the first of two passes leaves.
+
+    Raises:
+        ValueError: a shape that is not four sizes, an unknown layout or form.
+    """
+    s = Sizes(shape, dtype, layout, param_dtype)
+    mask = s.mask if (relu and residual if save_mask is None else save_mask) else 0
+    return forward_traffic(
+        normed=s.x,
+        inputs=(1 + residual) * s.x,
+        outputs=s.x + mask,
+        params=2 * s.param * affine,
+        running=2 * s.param * running,
+        counters=COUNTER * counter,
+        cumulative=cumulative,
+        stats=STATS * s.wide,
+        partials=PARTIALS * s.wide * tiles,
+        training=training,
+        form=form,
+    )
+
+
+def batch_norm_act_backward_traffic(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    layout: str = "channels_last",
+    training: bool = True,
+    residual: bool = False,
+    relu: bool = True,
+    affine: bool = True,
+    need_dx: bool = True,
+    need_dresidual: bool | None = None,
+    need_affine: bool | None = None,
+    param_dtype: torch.dtype | None = None,
+    form: str = "two_pass",
+    tiles: int = 1,
+) -> Traffic:
+    """Bytes of the backward; arguments as in :func:`batch_norm_act_traffic`.
+
+    Args:
+        need_dx, need_dresidual, need_affine: the gradients that are wanted; by default all there are. The residual's
+            own is dy itself without ReLU.
+    """
+    s = Sizes(shape, dtype, layout, param_dtype)
+    need_dresidual = residual and relu if need_dresidual is None else need_dresidual
+    need_affine = affine if need_affine is None else need_affine
+    with_mask = relu and residual
+    reads_x = (need_dx and training) or need_affine or (relu and not with_mask)
+    return backward_traffic(
+        inputs=(1 + reads_x) * s.x + with_mask * s.mask,
+        gradients=need_dx * s.x,
+        early=need_dresidual * s.x,
+        params=_backward_params(s, affine, relu and not with_mask, need_dx),
+        stats=STATS * s.wide,
+        affine_grads=2 * need_affine * (s.param if affine else s.wide),
+        partials=SUMS * s.wide * tiles,
+        coefficients=COEFFICIENTS * s.wide,
+        training=training,
+        form=form,
+    )
+
+
+def _backward_params(s: Sizes, affine: bool, recomputes: bool, need_dx: bool) -> int:
+    """Weight, for dx; and bias, where the sign of the activation is recomputed."""
+    return affine * s.param * (2 if recomputes else int(need_dx))
+
+
+def batch_norm_add_batch_norm_act_traffic(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    layout: str = "channels_last",
+    training: bool = True,
+    relu: bool = True,
+    affine: bool = True,
+    running: bool = True,
+    counter: bool = False,
+    cumulative: bool = False,
+    param_dtype: torch.dtype | None = None,
+    form: str = "two_pass",
+    tiles: int = 1,
+) -> Traffic:
+    """Bytes of the forward with both norms in the same mode; arguments as in :func:`batch_norm_act_traffic`.
+
+    ReLU costs nothing: its sign is recomputed in the backward.
+    """
+    s = Sizes(shape, dtype, layout, param_dtype)
+    return forward_traffic(
+        normed=2 * s.x,
+        inputs=2 * s.x,
+        outputs=s.x,
+        params=4 * s.param * affine,
+        running=4 * s.param * running,
+        counters=2 * COUNTER * counter,
+        cumulative=cumulative,
+        stats=2 * STATS * s.wide,
+        partials=2 * PARTIALS * s.wide * tiles,
+        training=training,
+        form=form,
+    )
+
+
+def batch_norm_add_batch_norm_act_backward_traffic(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    layout: str = "channels_last",
+    training: bool = True,
+    relu: bool = True,
+    affine: bool = True,
+    need_dx: bool = True,
+    need_dx2: bool = True,
+    need_affine: bool | None = None,
+    param_dtype: torch.dtype | None = None,
+    form: str = "two_pass",
+    tiles: int = 1,
+) -> Traffic:
+    """Bytes of the backward with both norms in the same mode; arguments as in :func:`batch_norm_act_traffic`.
+
+    The sums are three per tile and channel: of g, and of g times each of the centred inputs.
+    """
+    s = Sizes(shape, dtype, layout, param_dtype)
+    need_affine = affine if need_affine is None else need_affine
+    return backward_traffic(
+        inputs=3 * s.x,
+        gradients=(need_dx + need_dx2) * s.x,
+        early=0,
+        params=2 * _backward_params(s, affine, relu, True),
+        stats=2 * STATS * s.wide,
+        affine_grads=4 * need_affine * (s.param if affine else s.wide),
+        partials=3 * s.wide * tiles,
+        coefficients=3 * s.wide,
+        training=training,
+        form=form,
+    )
 
 
 # ---- eager PyTorch ---------------------------------------------------------------------------------------------------
@@ -385,7 +583,11 @@ def _recomputed_mask(y: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class BatchNormActFunction(Function):
-    """``act(bn(x) + residual)``; arguments after ``bias`` are not differentiable."""
+    """``act(bn(x) + residual)`` of dense tensors in one memory format.
+
+    ``config`` is what is not differentiable: ``(statistics, relu, memory_format, forward_op, backward_op)``, where
+    ``statistics`` are the op's arguments from ``running_mean`` to ``eps``. In one tuple, for every argument costs.
+    """
 
     @staticmethod
     def forward(
@@ -394,34 +596,13 @@ class BatchNormActFunction(Function):
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        training: bool,
-        momentum: float | None,
-        eps: float,
-        relu: bool,
-        forward_op: Any,
-        backward_op: Any,
+        config: tuple[tuple[Any, ...], bool, torch.memory_format, Any, Any],
     ) -> Tensor:
+        statistics, relu, memory_format, forward_op, backward_op = config
         save_mask = relu and residual is not None
-        out, stats, mask = forward_op(
-            x,
-            residual,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            training,
-            momentum,
-            eps,
-            relu,
-            save_mask,
-        )
+        out, stats, mask = forward_op(x, residual, weight, bias, *statistics, relu, save_mask)
         ctx.save_for_backward(x, weight, bias, stats, mask if save_mask else None)
-        memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-        ctx.config = (training, eps, relu, memory_format, backward_op)
+        ctx.config = (statistics[3], statistics[5], relu, memory_format, backward_op)
         return out
 
     @staticmethod
@@ -447,7 +628,7 @@ class BatchNormActFunction(Function):
                 dx, dweight, dbias = _differentiable_backward(g, x, weight, saved, training, eps)
         elif relu or need_dx or need_affine:
             dx, dresidual, dweight, dbias = backward_op(
-                laid_out_like(dy, x),
+                dy.contiguous(memory_format=memory_format),
                 x,
                 weight,
                 bias,
@@ -466,12 +647,16 @@ class BatchNormActFunction(Function):
             dresidual if need_dresidual else None,
             dweight if need_dweight else None,
             dbias if need_dbias else None,
-            *(None,) * 9,
+            None,
         )
 
 
 class BatchNormAddBatchNormActFunction(Function):
-    """``act(bn(x) + bn2(x2))``; only ``x``, ``weight``, ``bias`` and their seconds are differentiable."""
+    """``act(bn(x) + bn2(x2))`` of dense tensors in one memory format.
+
+    ``config`` is ``(statistics, statistics2, relu, memory_format, forward_op, backward_op)``, as in
+    :class:`BatchNormActFunction`.
+    """
 
     @staticmethod
     def forward(
@@ -479,55 +664,23 @@ class BatchNormAddBatchNormActFunction(Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        training: bool,
-        momentum: float | None,
-        eps: float,
         x2: Tensor,
         weight2: Tensor | None,
         bias2: Tensor | None,
-        running_mean2: Tensor | None,
-        running_var2: Tensor | None,
-        num_batches_tracked2: Tensor | None,
-        training2: bool,
-        momentum2: float | None,
-        eps2: float,
-        relu: bool,
-        forward_op: Any,
-        backward_op: Any,
+        config: tuple[tuple[Any, ...], tuple[Any, ...], bool, torch.memory_format, Any, Any],
     ) -> Tensor:
-        out, stats, stats2 = forward_op(
-            x,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            training,
-            momentum,
-            eps,
-            x2,
-            weight2,
-            bias2,
-            running_mean2,
-            running_var2,
-            num_batches_tracked2,
-            training2,
-            momentum2,
-            eps2,
-            relu,
-        )
+        statistics, statistics2, relu, memory_format, forward_op, backward_op = config
+        out, stats, stats2 = forward_op(x, weight, bias, *statistics, x2, weight2, bias2, *statistics2, relu)
         ctx.save_for_backward(x, weight, bias, stats, x2, weight2, bias2, stats2)
-        ctx.config = (training, eps, training2, eps2, relu, backward_op)
+        ctx.config = (statistics[3], statistics[5], statistics2[3], statistics2[5], relu, memory_format, backward_op)
         return out
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, stats, x2, weight2, bias2, stats2 = ctx.saved_tensors
-        training, eps, training2, eps2, relu, backward_op = ctx.config
-        needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[9:12])
+        training, eps, training2, eps2, relu, memory_format, backward_op = ctx.config
+        x, x2 = x.contiguous(memory_format=memory_format), x2.contiguous(memory_format=memory_format)
+        need_dx, need_dweight, need_dbias, need_dx2, need_dweight2, need_dbias2 = ctx.needs_input_grad[:6]
         if torch.is_grad_enabled():
             g = dy
             if relu:
@@ -535,13 +688,13 @@ class BatchNormAddBatchNormActFunction(Function):
                     y = _reference_normalise(x, weight, bias, stats) + _reference_normalise(x2, weight2, bias2, stats2)
                     keep = _recomputed_mask(y, x.dtype)
                 g = dy * keep
-            grads = (
-                *_differentiable_backward(g, x, weight, _statistics_dtype_of(x, weight, stats), training, eps),
-                *_differentiable_backward(g, x2, weight2, _statistics_dtype_of(x2, weight2, stats2), training2, eps2),
-            )
+            saved = _statistics_dtype_of(x, weight, stats)
+            dx, dweight, dbias = _differentiable_backward(g, x, weight, saved, training, eps)
+            saved2 = _statistics_dtype_of(x2, weight2, stats2)
+            dx2, dweight2, dbias2 = _differentiable_backward(g, x2, weight2, saved2, training2, eps2)
         else:
-            grads = backward_op(
-                laid_out_like(dy, x),
+            dx, dweight, dbias, dx2, dweight2, dbias2 = backward_op(
+                dy.contiguous(memory_format=memory_format),
                 x,
                 weight,
                 bias,
@@ -553,12 +706,17 @@ class BatchNormAddBatchNormActFunction(Function):
                 stats2,
                 training2,
                 relu,
-                needs[0],
-                needs[3],
-                needs[1] or needs[2],
-                needs[4] or needs[5],
+                need_dx,
+                need_dx2,
+                need_dweight or need_dbias,
+                need_dweight2 or need_dbias2,
             )
-        first, second = (
-            [g if need else None for g, need in zip(grads[i : i + 3], needs[i : i + 3], strict=True)] for i in (0, 3)
+        return (
+            dx if need_dx else None,
+            dweight if need_dweight else None,
+            dbias if need_dbias else None,
+            dx2 if need_dx2 else None,
+            dweight2 if need_dweight2 else None,
+            dbias2 if need_dbias2 else None,
+            None,
         )
-        return *first, *(None,) * 6, *second, *(None,) * 9

@@ -10,6 +10,7 @@ dweight, dbias and dx follow as in ``batch_norm_act``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from .batch_norm_act import (
     _NORM,
+    _backward_params,
     _differentiable_backward,
     _fake_affine_grad,
     _fake_stats,
@@ -28,8 +30,9 @@ from .batch_norm_act import (
     _statistics_dtype_of,
 )
 from .checks import pooled_size
-from .layout import is_channels_last, laid_out_like
+from .layout import is_channels_last
 from .registry import define
+from .traffic import COEFFICIENTS, COUNTER, PARTIALS, STATS, SUMS, Sizes, Traffic, backward_traffic, forward_traffic
 
 Pair = tuple[int, int]
 
@@ -122,6 +125,18 @@ def _batch_norm_act_max_pool_backward_fake(
     return dx, dweight, dbias
 
 
+def _triton_batch_norm_act_max_pool() -> Any:
+    from ..kernels.batch_norm_act_max_pool import batch_norm_act_max_pool
+
+    return batch_norm_act_max_pool
+
+
+def _triton_batch_norm_act_max_pool_backward() -> Any:
+    from ..kernels.batch_norm_act_max_pool import batch_norm_act_max_pool_backward
+
+    return batch_norm_act_max_pool_backward
+
+
 _WINDOW = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode"
 
 BATCH_NORM_ACT_MAX_POOL = define(
@@ -129,6 +144,8 @@ BATCH_NORM_ACT_MAX_POOL = define(
     f"(Tensor x, {_NORM.format('', 'a', 'b', 'c')}, bool relu, {_WINDOW}) -> (Tensor out, Tensor stats)",
     _batch_norm_act_max_pool_reference,
     _batch_norm_act_max_pool_fake,
+    cuda=True,
+    triton=_triton_batch_norm_act_max_pool,
 )
 
 BATCH_NORM_ACT_MAX_POOL_BACKWARD = define(
@@ -137,11 +154,104 @@ BATCH_NORM_ACT_MAX_POOL_BACKWARD = define(
     f" {_WINDOW}, bool need_dx, bool need_affine) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     _batch_norm_act_max_pool_backward_reference,
     _batch_norm_act_max_pool_backward_fake,
+    cuda=True,
+    triton=_triton_batch_norm_act_max_pool_backward,
 )
 
 
+def _pooled(shape: Sequence[int], window: tuple[Pair, Pair, Pair, Pair, bool]) -> tuple[int, int, int, int]:
+    *sizes, ceil_mode = window
+    height, width = (pooled_size(*args, ceil_mode) for args in zip(shape[2:], *sizes, strict=True))
+    return (*shape[:2], height, width)
+
+
+def _covered(shape: Sequence[int], window: tuple[Pair, Pair, Pair, Pair, bool]) -> int:
+    """Elements of x that lie in some window; a stride larger than the kernel leaves some out."""
+    rows_and_columns = []
+    for size, out, kernel, stride, padding, dilation in zip(
+        shape[2:], _pooled(shape, window)[2:], *window[:4], strict=True
+    ):
+        positions = {o * stride - padding + k * dilation for o in range(out) for k in range(kernel)}
+        rows_and_columns.append(len(positions & set(range(size))))
+    return shape[0] * shape[1] * rows_and_columns[0] * rows_and_columns[1]
+
+
+_STEM = ((3, 3), (2, 2), (1, 1), (1, 1), False)
+
+
+def batch_norm_act_max_pool_traffic(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    layout: str = "channels_last",
+    training: bool = True,
+    relu: bool = True,
+    affine: bool = True,
+    running: bool = True,
+    counter: bool = False,
+    cumulative: bool = False,
+    param_dtype: torch.dtype | None = None,
+    window: tuple[Pair, Pair, Pair, Pair, bool] = _STEM,
+    tiles: int = 1,
+) -> Traffic:
+    """Bytes of the forward; arguments as in :func:`~fusedres.ops.batch_norm_act.batch_norm_act_traffic`.
+
+    Args:
+        window: kernel_size, stride, padding, dilation, each a pair, and ceil_mode.
+    """
+    s = Sizes(shape, dtype, layout, param_dtype)
+    return forward_traffic(
+        normed=s.x,
+        inputs=_covered(shape, window) * dtype.itemsize,
+        outputs=Sizes(_pooled(shape, window), dtype, layout).x,
+        params=2 * s.param * affine,
+        running=2 * s.param * running,
+        counters=COUNTER * counter,
+        cumulative=cumulative,
+        stats=STATS * s.wide,
+        partials=PARTIALS * s.wide * tiles,
+        training=training,
+        form="two_pass",
+    )
+
+
+def batch_norm_act_max_pool_backward_traffic(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    layout: str = "channels_last",
+    training: bool = True,
+    relu: bool = True,
+    affine: bool = True,
+    need_dx: bool = True,
+    need_affine: bool | None = None,
+    param_dtype: torch.dtype | None = None,
+    window: tuple[Pair, Pair, Pair, Pair, bool] = _STEM,
+    tiles: int = 1,
+) -> Traffic:
+    """Bytes of the backward; arguments as in :func:`batch_norm_act_max_pool_traffic`. ReLU costs nothing."""
+    s = Sizes(shape, dtype, layout, param_dtype)
+    need_affine = affine if need_affine is None else need_affine
+    return backward_traffic(
+        inputs=s.x + Sizes(_pooled(shape, window), dtype, layout).x,
+        gradients=need_dx * s.x,
+        early=0,
+        params=_backward_params(s, affine, True, True),
+        stats=STATS * s.wide,
+        affine_grads=2 * need_affine * (s.param if affine else s.wide),
+        partials=SUMS * s.wide * tiles,
+        coefficients=COEFFICIENTS * s.wide,
+        training=training,
+        form="two_pass",
+    )
+
+
 class BatchNormActMaxPoolFunction(Function):
-    """``max_pool(act(bn(x)))``; only ``x``, ``weight`` and ``bias`` are differentiable, ``window`` is max_pool2d's."""
+    """``max_pool(act(bn(x)))`` of a dense tensor; ``window`` is max_pool2d's.
+
+    ``config`` is ``(statistics, relu, window, memory_format, forward_op, backward_op)``, as in
+    :class:`~.batch_norm_act.BatchNormActFunction`.
+    """
 
     @staticmethod
     def forward(
@@ -149,39 +259,20 @@ class BatchNormActMaxPoolFunction(Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        training: bool,
-        momentum: float | None,
-        eps: float,
-        relu: bool,
-        window: tuple[Pair, Pair, Pair, Pair, bool],
-        forward_op: Any,
-        backward_op: Any,
+        config: tuple[tuple[Any, ...], bool, tuple[Pair, Pair, Pair, Pair, bool], torch.memory_format, Any, Any],
     ) -> Tensor:
-        out, stats = forward_op(
-            x,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            training,
-            momentum,
-            eps,
-            relu,
-            *window,
-        )
+        statistics, relu, window, memory_format, forward_op, backward_op = config
+        out, stats = forward_op(x, weight, bias, *statistics, relu, *window)
         ctx.save_for_backward(x, weight, bias, stats)
-        ctx.config = (training, eps, relu, window, backward_op)
+        ctx.config = (statistics[3], statistics[5], relu, window, memory_format, backward_op)
         return out
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, stats = ctx.saved_tensors
-        training, eps, relu, window, backward_op = ctx.config
-        needs = ctx.needs_input_grad[:3]
+        training, eps, relu, window, memory_format, backward_op = ctx.config
+        x = x.contiguous(memory_format=memory_format)
+        need_dx, need_dweight, need_dbias, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
             with torch.no_grad():
                 y = _activation(x, weight, bias, stats, relu)
@@ -189,9 +280,19 @@ class BatchNormActMaxPoolFunction(Function):
             g = torch.ops.aten.max_pool2d_with_indices_backward(dy, y, *window, winners)
             if relu:
                 g = g * ~(y <= 0)
-            grads = _differentiable_backward(g, x, weight, _statistics_dtype_of(x, weight, stats), training, eps)
+            saved = _statistics_dtype_of(x, weight, stats)
+            dx, dweight, dbias = _differentiable_backward(g, x, weight, saved, training, eps)
         else:
-            need_affine = needs[1] or needs[2]
-            dy = laid_out_like(dy, x)
-            grads = backward_op(dy, x, weight, bias, stats, training, relu, *window, needs[0], need_affine)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 10
+            dx, dweight, dbias = backward_op(
+                dy.contiguous(memory_format=memory_format),
+                x,
+                weight,
+                bias,
+                stats,
+                training,
+                relu,
+                *window,
+                need_dx,
+                need_dweight or need_dbias,
+            )
+        return dx if need_dx else None, dweight if need_dweight else None, dbias if need_dbias else None, None

@@ -12,18 +12,19 @@ def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
 
 
-def dense(x: Tensor) -> Tensor:
-    """``x`` itself where it is contiguous or channels_last, or not 4-D; otherwise one copy in the nearer of the two."""
-    if x.dim() != 4 or x.is_contiguous() or is_channels_last(x):
-        return x
+def dense(x: Tensor) -> tuple[Tensor, torch.memory_format]:
+    """``x`` itself where it is contiguous or channels_last, or not 4-D; otherwise one copy in the nearer of the two.
+
+    With it its memory format. Where both fit (one channel, one pixel), that is channels_last.
+    """
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x, torch.channels_last
+    if x.is_contiguous() or x.dim() != 4:
+        return x, torch.contiguous_format
     strides = x.stride()
     wants_channels_last = 0 < strides[1] <= min(strides[0], strides[2], strides[3])
-    return x.contiguous(memory_format=torch.channels_last if wants_channels_last else torch.contiguous_format)
-
-
-def laid_out_like(t: Tensor, x: Tensor) -> Tensor:
-    """``t`` (the shape of ``x``) in the memory format of the dense 4-D tensor ``x``; a copy only if it differs."""
-    return t.contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
+    memory_format = torch.channels_last if wants_channels_last else torch.contiguous_format
+    return x.contiguous(memory_format=memory_format), memory_format
 
 
 def mask_bytes(x: Tensor) -> int:

@@ -7,6 +7,7 @@ The only file that touches ``torch.library``. A family (``ops/<family>.py``) cal
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -16,9 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import choices
+
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # not imported: that takes a second
+_TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _library = torch.library.Library("fusedres", "DEF")
 
 
@@ -26,17 +31,49 @@ class Op:
     """One declared op: its overloads per backend, and the reason for each one that is missing.
 
     ``cpu``, ``cuda``, ``triton`` and ``reference`` are callables with the op's schema, or None where nothing serves.
+    ``family`` is the name of the forward: it and its backward are chosen together.
     """
 
-    __slots__ = ("cpu", "cuda", "name", "reference", "triton", "why_not")
+    __slots__ = ("_launcher", "_load_launcher", "_triton_op", "_why_not", "cpu", "cuda", "family", "name", "reference")
 
-    def __init__(self, name: str, reference: Callable[..., Any]) -> None:
+    def __init__(self, name: str, load_launcher: Callable[[], Callable[..., Any]] | None) -> None:
+        namespace = torch.ops.fusedres
         self.name = name
-        self.reference = reference
+        self.family = name.removesuffix("_backward")
+        self.reference = getattr(namespace, f"{name}_reference").default
         self.cpu: Callable[..., Any] | None = None
         self.cuda: Callable[..., Any] | None = None
-        self.triton: Callable[..., Any] | None = None
-        self.why_not: dict[str, str] = {}
+        self._why_not: dict[str, str] = {}
+        self._load_launcher = load_launcher
+        self._launcher: Callable[..., Any] | None = None
+        self._triton_op = getattr(namespace, f"{name}_triton").default if load_launcher else None
+
+    @property
+    def triton(self) -> Callable[..., Any] | None:
+        """The Triton launcher, imported on first use; while a graph is compiled, the op around it."""
+        if self._launcher is not None and not torch.compiler.is_compiling():
+            return self._launcher
+        if self.why_not("triton") is not None:
+            return None
+        return self._triton_op if torch.compiler.is_compiling() else self.load_launcher()
+
+    def load_launcher(self) -> Callable[..., Any]:
+        """Import the Triton launcher."""
+        if self._launcher is None:
+            self._launcher = self._load_launcher()
+        return self._launcher
+
+    def why_not(self, backend: str) -> str | None:
+        """Why ``backend`` does not serve this op on this machine; None if it does."""
+        if backend != "triton":
+            return self._why_not.get(backend)
+        if self._load_launcher is None:
+            return "no Triton kernel for this op"
+        if not _TRITON_INSTALLED:
+            return "triton is not installed"
+        if not _TRITON_INTERPRETED and not torch.cuda.is_available():
+            return "no GPU (TRITON_INTERPRET=1 runs it on a CPU)"
+        return None
 
 
 OPS: dict[str, Op] = {}
@@ -81,8 +118,6 @@ class NativeLibrary:
 
 class _ExtensionModule(NativeLibrary):
     def _load(self) -> None:
-        import importlib
-
         importlib.import_module(f"fusedres.{self.name}")
 
 
@@ -124,7 +159,7 @@ def define(
     cuda: bool = False,
     triton: Callable[[], Callable[..., Any]] | None = None,
 ) -> Op:
-    """Declare ``torch.ops.fusedres.<name>`` and its sibling ``<name>_reference``.
+    """Declare ``torch.ops.fusedres.<name>``, its sibling ``<name>_reference`` and, with a kernel, ``<name>_triton``.
 
     Args:
         schema: the part after the name, with annotated mutation.
@@ -133,7 +168,7 @@ def define(
         cuda: whether ``_ops_cuda`` implements the op.
         triton: a loader that returns the Triton launcher, called on first use.
     """
-    for suffix in ("", "_reference"):
+    for suffix in ("", "_reference", *(("_triton",) if triton else ())):
         _library.define(f"{name}{suffix}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"fusedres::{name}{suffix}", _on_one_device(fake), lib=_library)
     _library.impl(f"{name}_reference", reference, "CompositeExplicitAutograd")
@@ -143,28 +178,18 @@ def define(
         if not is_native:
             _library.impl(name, reference, key)
 
-    namespace = torch.ops.fusedres
-    op = Op(name, getattr(namespace, f"{name}_reference").default)
-    overload = getattr(namespace, name).default
+    op = Op(name, triton)
+    if triton is not None:
+        _library.impl(f"{name}_triton", lambda *args: op.load_launcher()(*args), "CompositeExplicitAutograd")
+    overload = getattr(torch.ops.fusedres, name).default
     if native["CPU"]:
         op.cpu = overload
     else:
-        op.why_not["cpu"] = f"_ops_cpu: {LIBRARIES['_ops_cpu'].error}"
+        op._why_not["cpu"] = f"_ops_cpu: {LIBRARIES['_ops_cpu'].error}"
     if native["CUDA"]:
         op.cuda = _with_memory_errors(overload)
     else:
-        op.why_not["cuda"] = f"_ops_cuda: {LIBRARIES['_ops_cuda'].error}" if cuda else "no CUDA kernel for this op"
-    if triton is None:
-        op.why_not["triton"] = "no Triton kernel for this op"
-    elif not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        op.why_not["triton"] = "no GPU (TRITON_INTERPRET=1 runs it on a CPU)"
-    else:
-        try:
-            launcher = triton()
-        except ImportError as error:
-            op.why_not["triton"] = str(error)
-        else:
-            op.triton = launcher
+        op._why_not["cuda"] = f"_ops_cuda: {LIBRARIES['_ops_cuda'].error}" if cuda else "no CUDA kernel for this op"
     OPS[name] = op
     return op
 
@@ -222,6 +247,30 @@ def backend() -> str:
     return _forced or "auto"
 
 
+_tables: dict[int, choices.Table] = {}  # by index of the device
+
+
+def table_of(device: int) -> choices.Table:
+    """What was measured on a CUDA device, read once in a process."""
+    table = _tables.get(device)
+    if table is None:
+        table = _tables[device] = choices.load(torch.cuda.get_device_name(device))
+    return table
+
+
+def _automatic_on_cuda(op: Op, x: Tensor) -> Callable[..., Any] | None:
+    """The measured choice, where there is one and it can serve; else the CUDA library, else Triton."""
+    if not torch.compiler.is_compiling():  # sizes may be symbols there
+        table = table_of(x.get_device()).choices
+        if table and x.dim() == 4:
+            choice = table.get(choices.key(op.family, x))
+            if choice == "eager":
+                return None
+            if choice == "triton" and op.triton is not None:
+                return op.triton
+    return op.cuda or op.triton
+
+
 def serve(op: Op, x: Tensor) -> Callable[..., Any] | None:
     """The implementation of ``op`` for tensors like ``x``; None means eager PyTorch.
 
@@ -232,17 +281,15 @@ def serve(op: Op, x: Tensor) -> Callable[..., Any] | None:
         if x.is_cpu:
             return op.cpu
         if x.is_cuda:
-            return op.cuda or op.triton
+            return _automatic_on_cuda(op, x)
         return None
     if _forced == "reference":
         return op.reference
     implementation = getattr(op, _forced)
     if implementation is None:
-        raise RuntimeError(f"backend {_forced!r} cannot serve {op.name}: {op.why_not[_forced]}")
+        raise RuntimeError(f"backend {_forced!r} cannot serve {op.name}: {op.why_not(_forced)}")
     device = x.device.type
-    if _forced != device and not (
-        _forced == "triton" and (device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
-    ):
+    if _forced != device and not (_forced == "triton" and (device == "cuda" or _TRITON_INTERPRETED)):
         raise RuntimeError(f"backend {_forced!r} cannot serve {op.name}: x is on {x.device}")
     return implementation
 
@@ -266,12 +313,12 @@ def served_by(op: Op, device: str) -> dict[str, str]:
         if dict(candidates).get(_forced) is None:
             return {
                 "served_by": "none",
-                "why": f"forced to {_forced}: {op.why_not.get(_forced, f'not a {device} backend')}",
+                "why": f"forced to {_forced}: {op.why_not(_forced) or f'not a {device} backend'}",
             }
         return {"served_by": _forced, "why": "forced by the user"}
     missed = []
     for name, implementation in candidates:
         if implementation is not None:
             return {"served_by": name, "why": "; ".join([*missed, "fastest available"])}
-        missed.append(f"{name}: {op.why_not[name]}")
+        missed.append(f"{name}: {op.why_not(name)}")
     return {"served_by": "eager", "why": "; ".join(missed)}

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from fusedres.ops import registry
+
 _HERE = Path(__file__).parent
 _CSRC = _HERE.parents[1] / "csrc"
 _FLAGS = [
@@ -24,6 +26,8 @@ _SANITIZE = [
     *("-fsanitize-sections=host_cuda_shared.*", "--param=asan-instrumentation-with-call-threshold=0"),
 ]
 _SCHEMAS = torch.library.Library("fusedres_host", "DEF")
+
+_REGISTERED = r'm\.impl\("(\w+)"'
 
 # In which order blocks, warps and lanes take turns: see block.h.
 ORDERS = ("forward", "reverse", "1", "2")
@@ -62,7 +66,7 @@ def host_cuda_ops(compile_for_host, tmp_path_factory):
                 torch_home / "lib" / "libtorch_cpu.so",
                 sanitize=os.environ.get("FUSEDRES_SANITIZE") == "1",
             )
-            for op in re.findall(r'm\.impl\("(\w+)"', source.read_text()):
+            for op in re.findall(_REGISTERED, source.read_text()):
                 schema = getattr(torch.ops.fusedres, op).default._schema
                 _SCHEMAS.define(str(schema).removeprefix("fusedres::"))
             torch.ops.load_library(library)
@@ -70,6 +74,20 @@ def host_cuda_ops(compile_for_host, tmp_path_factory):
         return torch.ops.fusedres_host
 
     return load
+
+
+@pytest.fixture
+def host_cuda_backend(host_cuda_ops, monkeypatch):
+    """``use("add_act")``: until the test ends, the family's CUDA ops are what backend "cpu" is."""
+
+    def use(family: str):
+        ops = host_cuda_ops(family)
+        for name in re.findall(_REGISTERED, (_CSRC / "cuda" / f"{family}.cu").read_text()):
+            monkeypatch.setattr(registry.OPS[name], "cpu", getattr(ops, name).default)
+        monkeypatch.setattr(registry, "_forced", "cpu")
+        return ops
+
+    return use
 
 
 @pytest.fixture(autouse=True)

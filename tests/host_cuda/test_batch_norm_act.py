@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fusedres
 from fusedres import verification
 from fusedres.ops import registry
 from fusedres.ops.layout import pack_mask
@@ -378,17 +380,36 @@ def test_error_rule(ops, monkeypatch, op):
 
 def forward(ops, x, **changes):
     arguments = {
-        "residual": None, "weight": None, "bias": None, "running_mean": None, "running_var": None,
-        "num_batches_tracked": None, "training": True, "momentum": 0.1, "eps": 1e-5, "relu": True,
-        "save_mask": False, **changes,
+        "residual": None,
+        "weight": None,
+        "bias": None,
+        "running_mean": None,
+        "running_var": None,
+        "num_batches_tracked": None,
+        "training": True,
+        "momentum": 0.1,
+        "eps": 1e-5,
+        "relu": True,
+        "save_mask": False,
+        **changes,
     }
     return ops.batch_norm_act(x, *arguments.values())
 
 
 def backward(ops, x, **changes):
     arguments = {
-        "dy": x, "x": x, "weight": None, "bias": None, "stats": torch.ones(3, x.size(1)), "mask": None,
-        "training": True, "relu": True, "need_dx": True, "need_dresidual": True, "need_affine": True, **changes,
+        "dy": x,
+        "x": x,
+        "weight": None,
+        "bias": None,
+        "stats": torch.ones(3, x.size(1)),
+        "mask": None,
+        "training": True,
+        "relu": True,
+        "need_dx": True,
+        "need_dresidual": True,
+        "need_affine": True,
+        **changes,
     }
     return ops.batch_norm_act_backward(*arguments.values())
 
@@ -448,6 +469,10 @@ def test_out_of_memory(ops):
     """torch's own error, before anything is updated."""
     library = next(path for path in torch.ops.loaded_libraries if Path(path).name == "batch_norm_act.so")
     script = _OUT_OF_MEMORY.format(names=NAMES, library=library)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
-    assert lines == ["raised CUDA out of memory: cannot allocate a tensor of 67108864 elements", "True True 3"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(fusedres.__file__).parents[1])}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout.splitlines() == [
+        "raised CUDA out of memory: cannot allocate a tensor of 67108864 elements",
+        "True True 3",
+    ], done.stderr

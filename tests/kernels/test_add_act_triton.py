@@ -27,7 +27,7 @@ for target in targets:
         forward = dict(x_ptr=data, residual_ptr=data, out_ptr=data, mask_ptr=mask, n=count, mask_bytes=count)
         backward = dict(dy_ptr=data, mask_ptr=mask, dx_ptr=data, n=count, mask_bytes=count)
         for kernel, arguments, constants in (
-            (kernels._add_act_kernel, forward, dict(RELU=True, SAVE_MASK=True, BLOCK=kernels.BLOCK, INTERPRET=False)),
+            (kernels._add_act_kernel, forward, dict(RELU=True, SAVE_MASK=True, BLOCK=kernels.BLOCK)),
             (kernels._add_act_backward_kernel, backward, dict(BLOCK=kernels.BLOCK)),
         ):
             signature = {**arguments, **dict.fromkeys(constants, "constexpr")}

@@ -1,0 +1,282 @@
+"""Every Triton kernel compiled for GPUs that are not here, and what its machine code has.
+
+``rows()`` calls the launchers on tensors without memory and compiles what they launch, with their own arguments: so a
+variant that is measured here is one that runs. Used by ``tests/kernels/test_compiled.py``, which holds the limits, and
+for the Triton half of ``benchmarks/results/compiled.json``. As a program it prints one JSON object a row:
+
+    python -m benchmarks.compiled_triton [--targets 80,90,100,gfx942] [--cases 'batch_norm_act bf16*']
+
+The process must not have TRITON_INTERPRET set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from fusedres.kernels import add_act, batch_norm_act, batch_norm_act_max_pool, common
+
+TARGETS = {
+    "80": GPUTarget("cuda", 80, 32),
+    "90": GPUTarget("cuda", 90, 32),
+    "100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DEVICE = common.Device(132, 50 << 20)
+_DTYPES = {
+    "bf16": (torch.bfloat16, torch.float32),
+    "f16": (torch.float16, torch.float32),
+    "f32": (torch.float32, torch.float32),
+    "f64": (torch.float64, torch.float64),
+    "all-bf16": (torch.bfloat16, torch.bfloat16),
+}
+_NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+_STEM = ((3, 3), (2, 2), (1, 1), (1, 1), False)
+
+
+# ---- what is launched ------------------------------------------------------------------------------------------------
+
+
+def _meta(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "channels_last") -> Tensor:
+    memory_format = torch.channels_last if layout == "channels_last" and len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
+
+
+class _Call:
+    """Arguments of the launchers for one shape, dtype and layout."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str, layout: str) -> None:
+        self.dtype, param = _DTYPES[dtype]
+        self.x = _meta(shape, self.dtype, layout)
+        vector = _meta(shape[1:2], param)
+        self.affine = (vector, vector)
+        self.norm = (vector, vector, vector, vector, _meta((), torch.int64))
+        self.stats = _meta((3, shape[1]), common.wide_dtype(self.x))
+
+    def forward(self, residual: bool = False, training: bool = True, momentum: float | None = 0.1) -> Tensor:
+        return batch_norm_act.batch_norm_act(
+            self.x, self.x if residual else None, *self.norm, training, momentum, 1e-5, True, residual
+        )[2]
+
+    def backward(self, residual: bool = False, training: bool = True) -> None:
+        mask = self.forward(True) if residual else None
+        batch_norm_act.batch_norm_act_backward(
+            self.x, self.x, *self.affine, self.stats, mask, training, True, True, residual, True
+        )
+
+    def pair(self) -> None:
+        norm = (*self.norm, True, 0.1, 1e-5)
+        batch_norm_act.batch_norm_add_batch_norm_act(self.x, *norm, self.x, *norm, True)
+
+    def pair_backward(self) -> None:
+        norm = (self.x, *self.affine, self.stats, True)
+        batch_norm_act.batch_norm_add_batch_norm_act_backward(self.x, *norm, *norm, True, *[True] * 4)
+
+    def stem(self, training: bool = True) -> None:
+        batch_norm_act_max_pool.batch_norm_act_max_pool(self.x, *self.norm, training, 0.1, 1e-5, True, *_STEM)
+
+    def stem_backward(self, training: bool = True) -> None:
+        n, c, h, w = self.x.shape
+        layout = common.layout_of(self.x)
+        dy = _meta((n, c, (h + 1) // 2, (w + 1) // 2), self.dtype, layout)
+        batch_norm_act_max_pool.batch_norm_act_max_pool_backward(
+            dy, self.x, *self.affine, self.stats, training, True, *_STEM, True, True
+        )
+
+    def add_act(self) -> None:
+        _, mask = add_act.add_act(self.x, self.x, True, True)
+        add_act.add_act_backward(self.x, mask)
+
+
+_LARGE = (256, 256, 56, 56)
+_SMALL = (32, 512, 7, 7)
+_STEM_SHAPE = (256, 64, 112, 112)
+
+
+def cases() -> dict[str, Callable[[], Any]]:
+    """Name -> a call whose launches are compiled; the names start with the op and the dtype."""
+    table: dict[str, Callable[[], Any]] = {}
+
+    def add(name: str, shape: tuple[int, ...], dtype: str, layout: str, method: str, **options: Any) -> None:
+        call = _Call(shape, dtype, layout)
+        table[f"{name} {dtype} {layout}"] = lambda: getattr(call, method)(**options)
+
+    for dtype in ("bf16", "f32"):
+        for layout in ("channels_last", "contiguous"):
+            add("batch_norm_act", _LARGE, dtype, layout, "forward")
+            add("batch_norm_act+residual", _LARGE, dtype, layout, "forward", residual=True)
+            add("batch_norm_act_backward", _LARGE, dtype, layout, "backward")
+            add("batch_norm_act_backward+residual", _LARGE, dtype, layout, "backward", residual=True)
+            add("batch_norm_add_batch_norm_act", _LARGE, dtype, layout, "pair")
+            add("batch_norm_add_batch_norm_act_backward", _LARGE, dtype, layout, "pair_backward")
+            add("batch_norm_act_max_pool", _STEM_SHAPE, dtype, layout, "stem")
+            add("batch_norm_act_max_pool_backward", _STEM_SHAPE, dtype, layout, "stem_backward")
+    for dtype in ("f16", "f64", "all-bf16"):
+        add("batch_norm_act+residual", _LARGE, dtype, "channels_last", "forward", residual=True)
+        add("batch_norm_act_backward+residual", _LARGE, dtype, "channels_last", "backward", residual=True)
+        add("batch_norm_act_max_pool", _STEM_SHAPE, dtype, "channels_last", "stem")
+        add("batch_norm_act_max_pool_backward", _STEM_SHAPE, dtype, "channels_last", "stem_backward")
+    for dtype in ("bf16", "f32"):
+        add("add_act", _LARGE, dtype, "channels_last", "add_act")
+        add("batch_norm_act+residual small", _SMALL, dtype, "channels_last", "forward", residual=True)
+        add("batch_norm_act_backward+residual small", _SMALL, dtype, "channels_last", "backward", residual=True)
+        add("batch_norm_add_batch_norm_act small", _SMALL, dtype, "channels_last", "pair")
+        add("batch_norm_add_batch_norm_act_backward small", _SMALL, dtype, "channels_last", "pair_backward")
+        add("batch_norm_act+residual eval", _LARGE, dtype, "channels_last", "forward", residual=True, training=False)
+        add(
+            "batch_norm_act_backward+residual eval",
+            _LARGE,
+            dtype,
+            "channels_last",
+            "backward",
+            residual=True,
+            training=False,
+        )
+    add("batch_norm_act cumulative", _LARGE, "bf16", "channels_last", "forward", momentum=None)
+    add("batch_norm_act+residual odd", (64, 67, 28, 28), "bf16", "channels_last", "forward", residual=True)
+    add("batch_norm_act_backward+residual odd", (64, 67, 28, 28), "bf16", "channels_last", "backward", residual=True)
+    return table
+
+
+def launches(call: Callable[[], Any]) -> list[tuple[JITFunction, dict[str, Any]]]:
+    """What ``call`` launches: kernels and their arguments by name; nothing runs."""
+    seen: list[tuple[JITFunction, dict[str, Any]]] = []
+
+    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        seen.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
+
+    with mock.patch.object(JITFunction, "run", record), mock.patch.object(common, "device_of", return_value=DEVICE):
+        call()
+    return seen
+
+
+def source_of(kernel: JITFunction, arguments: dict[str, Any]) -> tuple[ASTSource, dict[str, int]]:
+    """The kernel with the types, constants and alignments that a launch with ``arguments`` has, and its options."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments.pop(parameter.name)
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+            continue
+        if isinstance(value, Tensor):
+            signature[parameter.name] = f"*{_NAMES[value.dtype]}"
+            aligned = True
+        elif isinstance(value, float):
+            signature[parameter.name], aligned = "fp64", False
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = not parameter.do_not_specialize and value % 16 == 0
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constexprs=constants, attrs=attributes), arguments
+
+
+# ---- what comes out --------------------------------------------------------------------------------------------------
+
+
+def _widest(text: str, pattern: str) -> int:
+    """Bytes of the widest access; PTX says .v4.b32, .b64, .u8."""
+    return max((int(n or 1) * int(bits) // 8 for n, bits in re.findall(pattern, text)), default=0)
+
+
+def _nvidia(built: Any) -> dict[str, Any]:
+    ptx = built.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(built.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
+    return {
+        "registers": int(found["REG"]),
+        "spills": int(found["LOCAL"]) + int(found["STACK"]),  # bytes of local memory per thread
+        "shared": built.metadata.shared,
+        "load": _widest(ptx, r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bufs](\d+)\b"),
+        "store": _widest(ptx, r"st\.global[\w.:]*?(?:\.v(\d))?\.[bufs](\d+)\b"),
+        "wide_loads": len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)),
+        "wide_stores": len(re.findall(r"st\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)),
+        "float_atomics": len(re.findall(r"\b(?:atom|red)\S*\.f(?:16|32|64)", ptx)),
+    }
+
+
+def _amd(built: Any) -> dict[str, Any]:
+    asm = built.asm["amdgcn"]
+    numbers = {k: int(v) for k, v in re.findall(r"\.(\w+(?:_count|_size)): *(\d+)", asm)}
+    widths = {"_dwordx4": 16, "_dwordx2": 8, "_dword": 4, "_ushort": 2, "_short": 2, "_ubyte": 1, "_byte": 1}
+
+    def widest(kind: str) -> int:
+        return max((w for name, w in widths.items() if re.search(rf"(?:global|buffer)_{kind}{name}\b", asm)), default=0)
+
+    return {
+        "registers": numbers["vgpr_count"],
+        "spills": numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"],
+        "shared": built.metadata.shared,
+        "load": widest("load"),
+        "store": widest("store"),
+        "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4\b", asm)),
+        "wide_stores": len(re.findall(r"(?:global|buffer)_store_dwordx4\b", asm)),
+        "float_atomics": len(re.findall(r"atomic_(?:p?k_)?add_(?:f16|f32|f64|bf16)", asm)),
+    }
+
+
+def rows(targets: tuple[str, ...] = tuple(TARGETS), pattern: str = "*") -> Iterator[dict[str, Any]]:
+    """One row per kernel launch of the cases that match ``pattern`` and target.
+
+    Keys: ``case`` (op, dtype, layout), ``kernel``, ``target``, ``warps``; ``registers`` per thread, ``spills`` (bytes
+    of local memory; AMD: registers), ``shared`` memory in bytes, ``load`` and ``store`` (bytes of the widest global
+    access), ``wide_loads`` and ``wide_stores`` (number of 16-byte ones), ``float_atomics``.
+    """
+    done: dict[Any, dict[str, Any]] = {}
+    for case, call in cases().items():
+        if not fnmatch.fnmatchcase(case, pattern):
+            continue
+        for kernel, arguments in launches(call):
+            source, options = source_of(kernel, dict(arguments))
+            for target in targets:
+                key = (source.hash(), target)
+                if key not in done:
+                    built = triton.compile(source, target=TARGETS[target], options=options)
+                    done[key] = _nvidia(built) if TARGETS[target].backend == "cuda" else _amd(built)
+                yield {
+                    "case": case,
+                    "kernel": kernel.fn.__name__,
+                    "target": target,
+                    "warps": options["num_warps"],
+                    **done[key],
+                }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile the Triton kernels and print what the code has")
+    parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("--cases", default="*")
+    args = parser.parse_args()
+    for row in rows(tuple(args.targets.split(",")), args.cases):
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
