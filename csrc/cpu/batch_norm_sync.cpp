@@ -2,23 +2,13 @@
 // batch_norm_act.cpp, whose kernels they run; this file has no kernels of its own.
 #if !defined(FUSEDRES_ISA)
 
+#include "common/batch_norm_sync.h"
 #include "batch_norm.h"
 
 namespace fusedres::cpu {
 namespace {
 
-// A part of the batch may be empty, and then has no layout.
-void check_four_dimensional(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 4, "x must have 4 dimensions, but got ", x.dim());
-}
-
-double pixels(const Tensor& x) { return static_cast<double>(x.size(0) * x.size(2) * x.size(3)); }
-
-// What processes exchange: two numbers per channel, and a count.
-bool is_sums(const Tensor& t, int64_t channels) {
-  return t.is_cpu() && t.scalar_type() == ScalarType::Double && t.is_contiguous() &&
-         t.size(t.dim() - 1) == 2 * channels + 1;
-}
+double pixels(const Layout4d& layout) { return static_cast<double>(layout.pixels()); }
 
 Tensor zeros(int64_t size, ScalarType dtype, const Tensor& on_device_of) {
   Tensor t = empty_vector(size, dtype, on_device_of);
@@ -27,13 +17,13 @@ Tensor zeros(int64_t size, ScalarType dtype, const Tensor& on_device_of) {
 }
 
 Tensor batch_norm_statistics_cpu(Tensor x) {
-  check_four_dimensional(x);
-  const int64_t channels = x.size(1);
-  Tensor partial = zeros(2 * channels + 1, ScalarType::Double, x);
+  const Layout4d layout = layout_of_part(x);
+  const int64_t channels = layout.channels;
+  Tensor partial = zeros(exchanged_numbers(channels), ScalarType::Double, x);
   double* const to = data<double>(partial);
-  to[2 * channels] = pixels(x);
   if (x.numel() == 0) return partial;
-  const Tiling tiling(layout_of(x));
+  to[2 * channels] = pixels(layout);
+  const Tiling tiling(layout);
   dispatch(x.scalar_type(), [&]<class T>(T*) {
     const auto& kernels = batch_norm_kernels<T>();
     const int64_t size = tiling.columns * tiling.blocks;
@@ -101,25 +91,17 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_apply_cpu(
     double eps,
     bool relu,
     bool save_mask) {
-  check_four_dimensional(x);
-  const int64_t channels = x.size(1);
-  const bool empty = x.numel() == 0;
-  const Layout4d layout = empty ? Layout4d{0, channels, 0, 0, true} : layout_of(x);
+  const Layout4d layout = layout_of_part(x);
+  const int64_t channels = layout.channels;
   const NormArguments arguments{weight, bias, running_mean, running_var, num_batches_tracked, true, momentum, eps};
-  check_norm_arguments(arguments, x, channels);
-  STD_TORCH_CHECK(
-      partials.dim() == 2 && partials.size(0) > 0 && is_sums(partials, channels),
-      "partials must be (parts, 2C + 1) contiguous float64");
-  if (residual && !empty) check_same_layout("residual", *residual, x);
-  STD_TORCH_CHECK(
-      !save_mask || (relu && residual), "save_mask is for a residual and a ReLU; otherwise the mask is recomputed");
+  check_sync_forward(arguments, x, residual, partials, relu, save_mask);
   Tensor out = uninitialized_like(x);
   Tensor stats = empty_statistics(layout, x);
   Tensor mask = empty_vector(save_mask ? mask_bytes(layout) : 0, ScalarType::Byte, x);
   dispatch(x.scalar_type(), [&]<class T>(T*) {
     using S = typename ScalarOf<T>::type;
     merge_parts(partials, arguments, channels, data<S>(stats));
-    if (empty) return;
+    if (x.numel() == 0) return;
     const Tiling tiling(layout);
     Scratch& scratch = Scratch::with(ParamTable<T>::bytes(tiling, false, Direction::forward));
     ParamTable<T> params(scratch, tiling, false, Direction::forward);
@@ -144,21 +126,6 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_apply_cpu(
   return {out, stats, mask};
 }
 
-void check_backward(
-    const Tensor& dy,
-    const Tensor& x,
-    const OptionalTensor& weight,
-    const OptionalTensor& bias,
-    const Tensor& stats,
-    const OptionalTensor& mask) {
-  check_four_dimensional(x);
-  check_channel_vectors({&weight, &bias}, x, x.size(1));
-  check_statistics(stats, x, x.size(1));
-  if (x.numel() == 0) return;
-  check_same_layout("dy", dy, x);
-  if (mask) check_mask(*mask, x, mask_bytes(layout_of(x)));
-}
-
 // What both passes of a backward take.
 template <class T>
 BackwardArgs<T> backward_args(
@@ -181,16 +148,17 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward_reduce_cpu(
     OptionalTensor mask,
     bool relu,
     bool need_affine) {
-  check_backward(dy, x, weight, bias, stats, mask);
-  const int64_t channels = x.size(1);
+  const Layout4d layout = layout_of_part(x);
+  check_sync_backward(dy, x, weight, bias, stats, mask, layout);
+  const int64_t channels = layout.channels;
   const ScalarType affine_dtype = weight ? weight->scalar_type() : stats.scalar_type();
-  Tensor sums = zeros(2 * channels + 1, ScalarType::Double, x);
+  Tensor sums = zeros(exchanged_numbers(channels), ScalarType::Double, x);
   Tensor dweight = zeros(need_affine ? channels : 0, affine_dtype, x);
   Tensor dbias = zeros(need_affine ? channels : 0, affine_dtype, x);
   double* const to = data<double>(sums);
-  to[2 * channels] = pixels(x);
   if (x.numel() == 0) return {sums, dweight, dbias};
-  const Tiling tiling(layout_of(x));
+  to[2 * channels] = pixels(layout);
+  const Tiling tiling(layout);
   dispatch(x.scalar_type(), [&]<class T>(T*) {
     const int64_t size = tiling.columns * tiling.blocks;
     Scratch& scratch = Scratch::with(
@@ -207,8 +175,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward_reduce_cpu(
       double* const block_sums[] = {sum_g + block * tiling.columns, norm.sum(block)};
       for (double* sum : block_sums) std::fill(sum + c0, sum + c1, 0.0);
       const Range range = tiling.block_range(block, c0, c1);
-      tiling.layout.channels_last ? kernels.reduce_rows(args, tiling.rows, range, block_sums)
-                                  : kernels.reduce_planes(args, tiling.planes, range, block_sums);
+      layout.channels_last ? kernels.reduce_rows(args, tiling.rows, range, block_sums)
+                           : kernels.reduce_planes(args, tiling.planes, range, block_sums);
     });
     for_each_chunk(0, channels, [&](int64_t c0, int64_t c1) {
       norm.totals(sum_g, c0, c1, to + c0, to + channels + c0);
@@ -229,14 +197,14 @@ std::tuple<Tensor, Tensor> batch_norm_act_backward_apply_cpu(
     bool relu,
     bool need_dx,
     bool need_dresidual) {
-  check_backward(dy, x, weight, bias, stats, mask);
-  const int64_t channels = x.size(1);
-  STD_TORCH_CHECK(
-      !need_dx || (sums.dim() == 1 && is_sums(sums, channels)), "sums must be (2C + 1,) contiguous float64");
+  const Layout4d layout = layout_of_part(x);
+  check_sync_backward(dy, x, weight, bias, stats, mask, layout);
+  if (need_dx) check_exchanged("sums", sums, 1, x);
+  const int64_t channels = layout.channels;
   Tensor dx = wanted_like(need_dx, x);
   Tensor dresidual = wanted_like(need_dresidual, x);
   if (x.numel() == 0 || !(need_dx || need_dresidual)) return {dx, dresidual};
-  const Tiling tiling(layout_of(x));
+  const Tiling tiling(layout);
   dispatch(x.scalar_type(), [&]<class T>(T*) {
     using S = typename ScalarOf<T>::type;
     Scratch& scratch = Scratch::with(ParamTable<T>::bytes(tiling, false, Direction::backward));
@@ -256,11 +224,11 @@ std::tuple<Tensor, Tensor> batch_norm_act_backward_apply_cpu(
     args.dx = need_dx ? data<T>(dx) : nullptr;
     args.dresidual = need_dresidual ? data<T>(dresidual) : nullptr;
     args.uses_x = need_dx;
-    args.stream = tiling.layout.channels_last && streams<T>(tiling.layout.numel());
+    args.stream = layout.channels_last && streams<T>(layout.numel());
     const auto& kernels = batch_norm_kernels<T>();
     for_each_piece_backwards(tiling, [&](const Range& range) {
-      tiling.layout.channels_last ? kernels.backward_rows(args, tiling.rows, range)
-                                  : kernels.backward_planes(args, tiling.planes, range);
+      layout.channels_last ? kernels.backward_rows(args, tiling.rows, range)
+                           : kernels.backward_planes(args, tiling.planes, range);
     });
   });
   return {dx, dresidual};

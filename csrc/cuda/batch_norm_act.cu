@@ -207,7 +207,7 @@ void run_forward(
   a.pass = plan.apply;
   a.reverse = plan.reverse && training > 0;
   a.relu = relu;
-  a.from_running = training == 0;
+  a.from_running = training == 0 && norms[0].running_mean.data != nullptr;  // else they are saved already
   a.slab_vectors = plan.slab_vectors;
   for (int i = 0; i < kNorms; ++i) a.norm[i] = norms[i];
   a.residual = tensors.residual ? static_cast<const T*>(tensors.residual->const_data_ptr()) : nullptr;
@@ -770,3 +770,12 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres, CUDA, m) {
 
 }  // namespace
 }  // namespace fusedres
+
+#include "cuda/batch_norm_sync.h"
+
+STABLE_TORCH_LIBRARY_IMPL(fusedres, CUDA, m) {
+  m.impl("batch_norm_statistics", TORCH_BOX(&fusedres::batch_norm_statistics_cuda));
+  m.impl("batch_norm_act_apply", TORCH_BOX(&fusedres::batch_norm_act_apply_cuda));
+  m.impl("batch_norm_act_backward_reduce", TORCH_BOX(&fusedres::batch_norm_act_backward_reduce_cuda));
+  m.impl("batch_norm_act_backward_apply", TORCH_BOX(&fusedres::batch_norm_act_backward_apply_cuda));
+}

@@ -350,6 +350,7 @@ template <typename T>
 struct GradientPointers {
   ChannelVector<T> dweight, dbias;
   Compute<T>* coefficients;  // (2, C), or null: dx = scale * g + of_x * (x - mean) + constant
+  double* exchanged;         // or null: where the sums of g, of g * (x - mean) and the count go, (2C + 1)
 };
 
 template <typename A>
@@ -357,7 +358,20 @@ struct Coefficients {
   A of_x, constant;
 };
 
-// From sums of g and of g * (x - mean) over a channel, with the mean in the precision of the saved one.
+// From sums of g and of g * (x - mean) over the `count` values of a channel.
+template <typename T>
+__device__ Coefficients<Compute<T>> gradient_coefficients(
+    const NormPointers<T>& norm, int64_t channels, int64_t c, double count, double sum_g, double sum_gx) {
+  using A = Compute<T>;
+  const auto s = ChannelStatistics<A>::load(norm.stats, channels, c);
+  const double mean_low = s.mean_low, rstd = s.rstd;
+  const double per_count = 1.0 / count;
+  const double scale = norm.weight.get(c, 1) * s.rstd;
+  const double of_x = -scale * rstd * (sum_gx * rstd) * per_count;
+  return {static_cast<A>(of_x), static_cast<A>(-scale * sum_g * per_count - of_x * mean_low)};
+}
+
+// The same, with the mean in the precision of the saved one; writes the gradients of the parameters.
 template <typename T>
 __device__ Coefficients<Compute<T>> finish_gradients(
     const GradientPointers<T>& to,
@@ -366,18 +380,18 @@ __device__ Coefficients<Compute<T>> finish_gradients(
     int64_t c,
     double sum_g,
     double sum_gx) {
-  using A = Compute<T>;
-  const auto s = ChannelStatistics<A>::load(norm.stats, t.channels, c);
-  const double mean_low = s.mean_low, rstd = s.rstd;
-  const double correction = mean_low * sum_g;
+  const auto s = ChannelStatistics<Compute<T>>::load(norm.stats, t.channels, c);
+  const double correction = static_cast<double>(s.mean_low) * sum_g;
   if (is_finite(correction)) sum_gx -= correction;
-  const double dweight = sum_gx * rstd;
-  if (to.dweight.data != nullptr) to.dweight.set(c, dweight);
+  const double count = static_cast<double>(t.numel / t.channels);
+  if (to.dweight.data != nullptr) to.dweight.set(c, sum_gx * static_cast<double>(s.rstd));
   if (to.dbias.data != nullptr) to.dbias.set(c, sum_g);
-  const double per_count = 1.0 / static_cast<double>(t.numel / t.channels);
-  const double scale = norm.weight.get(c, 1) * s.rstd;
-  const double of_x = -scale * rstd * dweight * per_count;
-  return {static_cast<A>(of_x), static_cast<A>(-scale * sum_g * per_count - of_x * mean_low)};
+  if (to.exchanged != nullptr) {
+    to.exchanged[c] = sum_g;
+    to.exchanged[t.channels + c] = sum_gx;
+    if (c == 0) to.exchanged[2 * t.channels] = count;
+  }
+  return gradient_coefficients(norm, t.channels, c, count, sum_g, sum_gx);
 }
 
 template <typename T>

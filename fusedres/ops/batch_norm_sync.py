@@ -206,6 +206,7 @@ BATCH_NORM_STATISTICS = define(
     "(Tensor x) -> Tensor",
     _batch_norm_statistics_reference,
     _fake_sums,
+    cuda=True,
 )
 
 BATCH_NORM_ACT_APPLY = define(
@@ -215,6 +216,7 @@ BATCH_NORM_ACT_APPLY = define(
     " -> (Tensor out, Tensor stats, Tensor mask)",
     _batch_norm_act_apply_reference,
     _batch_norm_act_apply_fake,
+    cuda=True,
 )
 
 BATCH_NORM_ACT_BACKWARD_REDUCE = define(
@@ -223,6 +225,7 @@ BATCH_NORM_ACT_BACKWARD_REDUCE = define(
     " -> (Tensor sums, Tensor dweight, Tensor dbias)",
     _batch_norm_act_backward_reduce_reference,
     _batch_norm_act_backward_reduce_fake,
+    cuda=True,
 )
 
 BATCH_NORM_ACT_BACKWARD_APPLY = define(
@@ -231,6 +234,7 @@ BATCH_NORM_ACT_BACKWARD_APPLY = define(
     " bool need_dx, bool need_dresidual) -> (Tensor dx, Tensor dresidual)",
     _batch_norm_act_backward_apply_reference,
     _batch_norm_act_backward_apply_fake,
+    cuda=True,
 )
 
 _OPS = (
