@@ -80,7 +80,7 @@ def _is_traced() -> bool:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
     if is_compiling():
-        return torch.compiler.is_exporting()
+        return torch.compiler._is_exporting_flag  # is_exporting() is true for Dynamo of torch 2.10
     return torch._C._get_tracing_state() is not None
 
 

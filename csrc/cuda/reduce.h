@@ -368,7 +368,8 @@ __device__ Coefficients<Compute<T>> gradient_coefficients(
   const double per_count = 1.0 / count;
   const double scale = norm.weight.get(c, 1) * s.rstd;
   const double of_x = -scale * rstd * (sum_gx * rstd) * per_count;
-  return {static_cast<A>(of_x), static_cast<A>(-scale * sum_g * per_count - of_x * mean_low)};
+  const double of_low = is_finite(of_x * mean_low) ? of_x * mean_low : 0;  // infinite times nothing would be NaN
+  return {static_cast<A>(of_x), static_cast<A>(-scale * sum_g * per_count - of_low)};
 }
 
 // The same, with the mean in the precision of the saved one; writes the gradients of the parameters.
