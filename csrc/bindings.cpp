@@ -7,6 +7,7 @@
 
 #include "common/cpu_capability.h"
 #include "common/launch_plan.h"
+#include "common/pool_plan.h"
 
 namespace py = pybind11;
 
@@ -88,6 +89,37 @@ py::dict launch_plan(
   return result;
 }
 
+py::dict pool_plan(
+    bool channels_last,
+    int64_t batch,
+    int64_t channels,
+    int64_t height,
+    int64_t width,
+    int vector,
+    int sms,
+    int most_chunks_per_sm) {
+  using namespace fusedres;
+  if (batch < 1 || channels < 1 || height < 1 || width < 1) throw py::value_error("the tensor must not be empty");
+  if (vector < 1 || channels % vector != 0) throw py::value_error("vector must divide channels");
+  if (sms < 1 || most_chunks_per_sm < 1) throw py::value_error("sms and most_chunks_per_sm must be positive");
+  const PoolPlan plan = plan_pool({channels_last, batch, channels, height, width, vector, 0}, sms, most_chunks_per_sm);
+  const Patches& s = plan.patches;
+  py::dict result;
+  result["tiles"] = plan.tiles.tiles;
+  result["threads_x"] = plan.tiles.threads_x;
+  result["threads_y"] = plan.tiles.threads_y;
+  result["threads_w"] = s.threads_w;
+  result["threads_h"] = s.threads_h;
+  result["rows"] = s.rows;
+  result["columns"] = s.columns;
+  result["across"] = s.across;
+  result["per_image"] = s.per_image;
+  result["patches"] = s.count;
+  result["chunk"] = plan.pass.chunk;
+  result["chunks"] = plan.pass.chunks;
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -130,4 +162,29 @@ Raises:
       py::arg("sms") = 132,
       py::arg("l2_bytes") = int64_t{50} << 20,
       py::arg("shared_bytes") = int64_t{227} << 10);
+  m.def(
+      "pool_plan",
+      &pool_plan,
+      R"doc(How the CUDA kernels cut the windows or pixels of a pooling, as csrc/common/pool_plan.h describes it.
+
+Args:
+    channels_last: memory format; height and width: positions of an image; vector: channels per thread.
+    sms: of the device; most_chunks_per_sm: from there on a chunk is more than one patch.
+
+Returns:
+    dict: tiles of threads_x vectors of channels; `patches` patches of rows x columns positions in all, per_image of
+    each image and `across` of them side by side, in chunks of `chunk`; threads_y = threads_w * threads_h threads.
+
+Raises:
+    ValueError: an empty tensor, a vector that does not divide the channels, or an impossible device.
+)doc",
+      py::arg("channels_last"),
+      py::arg("batch"),
+      py::arg("channels"),
+      py::arg("height"),
+      py::arg("width"),
+      py::kw_only(),
+      py::arg("vector") = 1,
+      py::arg("sms") = 132,
+      py::arg("most_chunks_per_sm") = 12);
 }

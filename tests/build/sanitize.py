@@ -1,8 +1,8 @@
 """``make sanitize``: the native code under AddressSanitizer and UBSan.
 
-Builds the package once more, with the sanitizers, into build/sanitize, and runs the tests of the ops and of the CUDA
-kernels on the host with it. torch's own memory comes from the sanitizer's malloc, so that a kernel that touches one
-byte beyond a tensor is seen.
+Builds the package once more, with the sanitizers, into build/sanitize, and runs the tests of the ops with it, and some
+cases of the tests of the CUDA kernels on the host (see tests/host_cuda/conftest.py). torch's own memory comes from the
+sanitizer's malloc, so that a kernel that touches one byte beyond a tensor is seen.
 
 Arguments go to pytest in place of the default selection.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -25,12 +26,29 @@ _SANITIZE = [
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=null,object-size,vptr"),
     *("-fsanitize-sections=host_cuda_shared.*", "--param=asan-instrumentation-with-call-threshold=0"),
 ]
+_IS_SANITIZED = os.environ.get("FUSEDRES_SANITIZE") == "1"
+_MOST_CASES = 12  # of one test, under the sanitizers
 _SCHEMAS = torch.library.Library("fusedres_host", "DEF")
 
 _REGISTERED = r'm\.impl\("(\w+)"'
 
 # In which order blocks, warps and lanes take turns: see block.h.
 ORDERS = ("forward", "reverse", "1", "2")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under the sanitizers, a few cases of every test, always the same: compiling takes most of the time as it is."""
+    if not _IS_SANITIZED:
+        return
+    cases: dict[tuple[Path, str], list[pytest.Item]] = {}
+    for item in items:
+        if item.path.parent == _HERE:
+            cases.setdefault((item.path, item.originalname), []).append(item)
+    draw = random.Random(0)
+    kept = {item for those in cases.values() for item in draw.sample(those, min(len(those), _MOST_CASES))}
+    left_out = {item for those in cases.values() for item in those} - kept
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +82,7 @@ def host_cuda_ops(compile_for_host, tmp_path_factory):
                 *("-isystem", torch_home / "include", "-include", _HERE / "torch_on_host.h"),
                 *("-DTORCH_TARGET_VERSION=0x020a000000000000ULL", "-shared", "-Wl,-Bsymbolic"),
                 torch_home / "lib" / "libtorch_cpu.so",
-                sanitize=os.environ.get("FUSEDRES_SANITIZE") == "1",
+                sanitize=_IS_SANITIZED,
             )
             for op in re.findall(_REGISTERED, source.read_text()):
                 schema = getattr(torch.ops.fusedres, op).default._schema

@@ -467,6 +467,8 @@ print(bool((mean == 0).all()), bool((var == 1).all()), counter.item())
 
 def test_out_of_memory(ops):
     """torch's own error, before anything is updated."""
+    if os.environ.get("FUSEDRES_SANITIZE") == "1":
+        pytest.skip("AddressSanitizer needs all of the address space")
     library = next(path for path in torch.ops.loaded_libraries if Path(path).name == "batch_norm_act.so")
     script = _OUT_OF_MEMORY.format(names=NAMES, library=library)
     environment = {**os.environ, "PYTHONPATH": str(Path(fusedres.__file__).parents[1])}
