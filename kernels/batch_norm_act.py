@@ -402,15 +402,16 @@ def _statistics_of_slab(
         x_ptr, slab, 0, row, count, channels, width, LAYOUT, ROWS, COLS, WIDE
     )
     mean = shift.to(tl.float64) + average
-    for col_tile in range(1, col_tiles):
-        shift, average, more_m2, more = statistics_of_rows(
-            x_ptr, slab, col_tile, row, count, channels, width, LAYOUT, ROWS, COLS, WIDE
-        )
-        away = (shift.to(tl.float64) - mean) + average
-        sum = values + more
-        mean += away * (more / sum)
-        m2 += more_m2 + away * away * (values * more / sum)
-        values = sum
+    if LAYOUT == "contiguous":
+        for col_tile in range(1, col_tiles):
+            shift, average, more_m2, more = statistics_of_rows(
+                x_ptr, slab, col_tile, row, count, channels, width, LAYOUT, ROWS, COLS, WIDE
+            )
+            away = (shift.to(tl.float64) - mean) + average
+            sum = values + more
+            mean += away * (more / sum)
+            m2 += more_m2 + away * away * (values * more / sum)
+            values = sum
     return mean, m2, values
 
 
