@@ -17,6 +17,9 @@ const BatchNormKernels<T>& batch_norm_kernels() {
   FUSEDRES_RETURN_FOR_THIS_CPU(batch_norm_kernels<T>());
 }
 
+// Up to this size sums are in double: cancellation in a few values is not averaged out, and the time is not noticed.
+constexpr int64_t kDoubleElements = 8 * 1024;
+
 // How a tensor is cut. The blocks over which sums run depend on the shape alone, so that the bits of a result do not
 // depend on the number of threads.
 struct Tiling {
@@ -48,7 +51,7 @@ struct Tiling {
       block_height = channels >= 64 ? height : ceil_div(height, std::min<int64_t>(height, 8));
     }
     blocks = ceil_div(height, block_height);
-    sums_in_double = layout.numel() <= kSerialElements;
+    sums_in_double = layout.numel() <= kDoubleElements;
   }
 
   // Values of column c in a block.

@@ -407,6 +407,14 @@ template <Relu kRelu>
 constexpr int kBackwardUnroll = kRelu == Relu::recomputed_of_pair ? plan::kPairUnroll : plan::kBackwardUnroll;
 template <Relu kRelu>
 constexpr int kBackwardBlocks = kRelu == Relu::recomputed_of_pair ? plan::kPairBlocks : plan::kBlocks;
+// ptxas takes more registers for sm_100, and would spill a few.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <Relu kRelu>
+constexpr int kApplyBlocks = plan::kPairBlocks;
+#else
+template <Relu kRelu>
+constexpr int kApplyBlocks = kBackwardBlocks<kRelu>;
+#endif
 
 template <typename T, bool kChannelsLast, Relu kRelu>
 __device__ void fill_saved_parameters(
@@ -440,7 +448,7 @@ __global__ void __launch_bounds__(plan::kThreads, kBackwardBlocks<kRelu>)
 }
 
 template <typename T, bool kChannelsLast, Relu kRelu>
-__global__ void __launch_bounds__(plan::kThreads, kBackwardBlocks<kRelu>)
+__global__ void __launch_bounds__(plan::kThreads, kApplyBlocks<kRelu>)
     backward_kernel(const __grid_constant__ BackwardArguments<T> a) {
   using A = Compute<T>;
   constexpr int kNorms = kRelu == Relu::recomputed_of_pair ? 2 : 1;
