@@ -130,9 +130,9 @@ FUSEDRES_INLINE F64 broadcast(double a) {
   for (auto& part : r.v) part = a - F64::Native{};
   return r;
 }
-FUSEDRES_INLINE F64 load(const double* p) {
+FUSEDRES_INLINE F64 load(const double* p) {  // part by part, or the whole goes through the stack
   F64 r;
-  std::memcpy(r.v, p, sizeof r.v);
+  for (int i = 0; i < F64::kParts; ++i) std::memcpy(&r.v[i], p + i * F64::kPartLanes, sizeof r.v[i]);
   return r;
 }
 FUSEDRES_INLINE F64 load_n(const double* p, int n) {
@@ -140,7 +140,9 @@ FUSEDRES_INLINE F64 load_n(const double* p, int n) {
   std::memcpy(buffer, p, n * sizeof(double));
   return load(buffer);
 }
-FUSEDRES_INLINE void store(double* p, F64 a) { std::memcpy(p, a.v, sizeof a.v); }
+FUSEDRES_INLINE void store(double* p, F64 a) {
+  for (int i = 0; i < F64::kParts; ++i) std::memcpy(p + i * F64::kPartLanes, &a.v[i], sizeof a.v[i]);
+}
 FUSEDRES_INLINE void stream(double* p, F64 a) { store(p, a); }
 FUSEDRES_INLINE void store_n(double* p, F64 a, int n) { std::memcpy(p, a.v, n * sizeof(double)); }
 

@@ -1,0 +1,716 @@
+// A 1x1 convolution into which a batch normalisation in training is folded, on a CPU: second moments of its input, the
+// product with its epilogue, and the two products of the backward. Compiled once per instruction set for the kernels
+// (FUSEDRES_ISA) and once, without it, for the drivers and their registration with torch.
+//
+// Rows are pixels. Per row of 4C outputs, with C inputs, forward and backward multiply 2 * 4C * C * 3 numbers and move
+// residual, out, dy twice and g: from C = 64 on the arithmetic takes longer, so outputs leave the registers finished.
+#include "conv1x1_kernels.h"
+
+#if defined(FUSEDRES_ISA)
+
+#include <type_traits>
+
+#include "gemm.h"
+
+namespace fusedres::cpu {
+namespace {
+
+template <class T, class M>
+void widen(const T* row, int64_t width, void* elements) {
+  if constexpr (M::kRows == 2) {
+    auto* to = static_cast<T*>(elements);
+    std::memcpy(to, row, width * sizeof(T));
+    if (width % 2) to[width] = T{0};
+  } else {
+    auto* to = static_cast<typename M::Element*>(elements);
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const int n = static_cast<int>(width - c < kLanes ? width - c : kLanes);
+      store_n(to + c, load_n(row + c, n), n);
+    }
+  }
+}
+
+// `values` to the first `columns` elements; all of them if kFull.
+template <bool kFull, bool kStream, class T, class V, int kVectors>
+FUSEDRES_INLINE void put_vectors(T* to, const V (&values)[kVectors], int64_t columns) {
+  constexpr int kPairs = kFull && kStoredInPairs<T> ? kVectors / 2 : 0;
+  if constexpr (kPairs > 0) {
+#pragma GCC unroll 8
+    for (int v = 0; v < 2 * kPairs; v += 2) store_pair<kStream>(to + v * kLanes, values[v], values[v + 1]);
+  }
+#pragma GCC unroll 8
+  for (int v = 2 * kPairs; v < kVectors; ++v) {
+    const int64_t n = columns - v * kLanes;
+    put<kFull, kStream>(to + v * kLanes, values[v], static_cast<int>(n < kLanes ? n : kLanes));
+  }
+}
+
+template <class T, class M, int kHeight, int kVectors, bool kRelu, bool kFull, bool kStream>
+FUSEDRES_INLINE void multiply_rows(const MultiplyArgs<T>& a, int64_t row, int64_t c0) {
+  using Element = typename M::Element;
+  using Vec = typename M::Vec;
+  const Element* const panel = static_cast<const Element*>(a.panels) + c0 * (a.steps1 + a.steps2);
+  const int64_t columns = a.columns - c0;
+  Vec sums[kHeight][kVectors];
+#pragma GCC unroll 8
+  for (auto& of_row : sums) {
+#pragma GCC unroll 8
+    for (auto& sum : of_row) sum = M::zero();
+  }
+  if (a.residual) {  // on its way from memory while the products are taken
+    for (int u = 0; u < kHeight; ++u) {
+      const char* line = reinterpret_cast<const char*>(a.residual[row + u] + c0);
+      for (int i = 0; i < kVectors * kLanes * static_cast<int>(sizeof(T)); i += 64) __builtin_prefetch(line + i);
+    }
+  }
+  const Element* rows[kHeight];
+  for (int u = 0; u < kHeight; ++u) rows[u] = static_cast<const Element*>(a.a1[row + u]);
+  if (c0 == 0 && row + 2 * kHeight <= a.count) {
+    constexpr int64_t kLine = 64 / sizeof(Element);
+    multiply_tile<M>(rows, 1, panel, a.steps1, sums, [&](int64_t s) {
+      if (s % kLine) return;
+#pragma GCC unroll 8
+      for (int u = 0; u < kHeight; ++u) __builtin_prefetch(static_cast<const Element*>(a.a1[row + kHeight + u]) + s);
+    });
+  } else {
+    multiply_tile<M>(rows, 1, panel, a.steps1, sums);
+  }
+  if (a.steps2) {
+    for (int u = 0; u < kHeight; ++u) rows[u] = static_cast<const Element*>(a.a2[row + u]);
+    multiply_tile<M>(rows, 1, panel + a.steps1 * kPanelColumns<M>, a.steps2, sums);
+  }
+#pragma GCC unroll 8
+  for (int u = 0; u < kHeight; ++u) {
+    const T* residual = a.residual ? a.residual[row + u] + c0 : nullptr;
+    uint16_t* words = a.mask ? a.mask + ((row + u) * a.columns + c0) / kLanes : nullptr;
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      Vec y = sums[u][v] + load(a.shift + c0 + v * kLanes);
+      const int64_t n = columns - v * kLanes;
+      if (residual) y = y + get<kFull>(residual + v * kLanes, static_cast<int>(n < kLanes ? n : kLanes));
+      if constexpr (kRelu) {
+        const auto m = positive<T>(y);
+        y = keep(m, y);
+        if (kFull && words) words[v] = bits(m);
+      }
+      sums[u][v] = y;
+    }
+    put_vectors<kFull, kStream>(a.out[row + u] + c0, sums[u], columns);
+  }
+}
+
+template <class T, class M, bool kRelu, bool kFull, bool kStream>
+void multiply_block(const MultiplyArgs<T>& a) {
+  for (int64_t c0 = 0; c0 < a.columns; c0 += kPanelColumns<M>) {
+    with_vectors<M>(a.columns - c0, [&]<int kVectors>(std::integral_constant<int, kVectors>) {
+      int64_t row = 0;
+      for (; row + M::kHeight <= a.count; row += M::kHeight) {
+        multiply_rows<T, M, M::kHeight, kVectors, kRelu, kFull, kStream>(a, row, c0);
+      }
+      for (; row < a.count; ++row) multiply_rows<T, M, 1, kVectors, kRelu, kFull, kStream>(a, row, c0);
+    });
+  }
+  finish_streams(kStream);
+}
+
+template <class T, class M, bool kRelu>
+void multiply_blocks(const MultiplyArgs<T>& a) {
+  if (a.columns % kLanes) return multiply_block<T, M, kRelu, false, false>(a);
+  a.stream ? multiply_block<T, M, kRelu, true, true>(a) : multiply_block<T, M, kRelu, true, false>(a);
+}
+
+template <class T, class M>
+void multiply(const MultiplyArgs<T>& a) {
+  a.relu ? multiply_blocks<T, M, true>(a) : multiply_blocks<T, M, false>(a);
+}
+
+template <class T>
+void keep_where_set(const T* dy, const uint16_t* mask, int64_t count, T* kept) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) copy_kept<false>(kept + i, dy + i, mask + i / kLanes);
+  for (; i < count; i += kLanes) {
+    const int n = static_cast<int>(count - i < kLanes ? count - i : kLanes);
+    const auto v = load_n(dy + i, n);
+    store_n(kept + i, keep(mask_from_bits(mask[i / kLanes], v), v), n);
+  }
+}
+
+template <class T>
+void mask_of(const T* out, int64_t count, uint16_t* mask) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int n = static_cast<int>(count - i < kLanes ? count - i : kLanes);
+    mask[i / kLanes] = bits(positive<T>(load_n(out + i, n))) & static_cast<uint16_t>((1u << n) - 1);
+  }
+}
+
+}  // namespace
+
+namespace FUSEDRES_ISA {
+
+template <class T>
+const Conv1x1Kernels<T>& conv1x1_kernels() {
+  using M = Operand<T>;
+  using Moments = MomentsOperand<T>;
+  static constexpr Conv1x1Kernels<T> kernels{
+      {kPanelColumns<M>, M::kRows, sizeof(typename M::Element)},
+      sizeof(T) * M::kRows == sizeof(typename M::Element),
+      widen<T, M>,
+      pack<T, M>,
+      multiply<T, M>,
+      products<M>,
+      {kPanelColumns<Moments>, Moments::kRows, sizeof(typename Moments::Element)},
+      pack<T, Moments>,
+      products<Moments>,
+      keep_where_set<T>,
+      mask_of<T>,
+  };
+  return kernels;
+}
+
+template const Conv1x1Kernels<float>& conv1x1_kernels<float>();
+template const Conv1x1Kernels<double>& conv1x1_kernels<double>();
+template const Conv1x1Kernels<bf16>& conv1x1_kernels<bf16>();
+template const Conv1x1Kernels<half>& conv1x1_kernels<half>();
+
+}  // namespace FUSEDRES_ISA
+}  // namespace fusedres::cpu
+
+#else  // drivers and registration
+
+#include <cmath>
+#include <cstring>
+
+#include "common/batch_norm.h"
+#include "driver.h"
+
+namespace fusedres::cpu {
+namespace {
+
+template <class T>
+const Conv1x1Kernels<T>& conv1x1_kernels() {
+  FUSEDRES_RETURN_FOR_THIS_CPU(conv1x1_kernels<T>());
+}
+
+// The pixels that a 1x1 convolution of some stride takes of a channels_last tensor, as rows of a matrix.
+struct Pixels {
+  Layout4d layout;
+  int64_t stride, height, width;
+
+  Pixels(const char* name, const Tensor& t, int64_t stride_) : layout(layout_of(t)), stride(stride_) {
+    STD_TORCH_CHECK(layout.channels_last, name, " must be channels_last");
+    STD_TORCH_CHECK(layout.numel() > 0, name, " must not be empty");
+    STD_TORCH_CHECK(stride >= 1, "stride must be positive, but got ", stride);
+    height = (layout.height - 1) / stride + 1;
+    width = (layout.width - 1) / stride + 1;
+  }
+  int64_t count() const { return layout.batch * height * width; }
+  int64_t channels() const { return layout.channels; }
+  // Element of the first channel of a row.
+  int64_t at(int64_t row) const {
+    if (stride == 1) return row * channels();
+    const int64_t column = row % width, image_row = row / width;
+    const int64_t y = image_row % height, image = image_row / height;
+    return ((image * layout.height + y * stride) * layout.width + column * stride) * channels();
+  }
+};
+
+template <class T, class P>
+void point_at(P* const data, const Pixels& pixels, int64_t row, int64_t count, P** rows) {
+  for (int64_t r = 0; r < count; ++r) rows[r] = data + pixels.at(row + r);
+}
+
+int64_t panel_bytes(const PanelShape& shape, int64_t columns, int64_t steps) {
+  return shape.panels(columns) * steps * shape.columns * shape.element_size;
+}
+
+int64_t padded(int64_t columns) { return ceil_div(columns, kLanes) * kLanes; }
+
+Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType dtype, const Tensor& like) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  return empty_strided(sizes, strides, 2, dtype, like);
+}
+
+void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns, ScalarType dtype) {
+  STD_TORCH_CHECK(
+      t.is_cpu() && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.is_contiguous() &&
+          t.scalar_type() == dtype,
+      name,
+      " must be a contiguous matrix of ",
+      rows,
+      " by ",
+      columns,
+      " in the dtype of y");
+}
+
+void check_shift(const char* name, const Tensor& t, int64_t size, const Tensor& y) {
+  const ScalarType dtype = y.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(
+      t.is_cpu() && t.dim() == 1 && t.numel() == size && t.is_contiguous() && t.scalar_type() == dtype,
+      name,
+      " must have ",
+      size,
+      " elements in the dtype of sums");
+}
+
+// ---- sums over rows ----
+
+// How many separate sums over parts of the rows there are: by the shape alone, so that the bits do not depend on the
+// number of threads, and few where the sums are large.
+struct Split {
+  int64_t parts, rows;  // rows of a part, whole blocks
+  Split(int64_t count, int64_t block, int64_t products) {
+    const int64_t most = std::clamp<int64_t>((int64_t{1} << 20) / std::max<int64_t>(1, products), 1, 16);
+    const int64_t blocks = ceil_div(count, block);
+    rows = ceil_div(blocks, std::min(most, blocks)) * block;
+    parts = ceil_div(count, rows);
+  }
+};
+
+std::tuple<Tensor, Tensor> conv1x1_moments_cpu(Tensor y, int64_t stride) {
+  const Pixels pixels("y", y, stride);
+  const int64_t channels = pixels.channels(), count = pixels.count(), width = padded(channels);
+  Tensor mean = empty_vector(channels, ScalarType::Double, y);
+  Tensor cov = empty_matrix(channels, channels, ScalarType::Double, y);
+  dispatch(y.scalar_type(), [&]<class T>(T*) {
+    const auto& kernels = conv1x1_kernels<T>();
+    const PanelShape& shape = kernels.moments_shape;
+    const T* const first = data<T>(y);
+    const Split split(count, kMomentsRows, channels * width);
+    const int64_t part_size = (channels + 1) * width;  // products, then sums
+    Scratch& scratch = Scratch::with(sizeof(double) * (split.parts * part_size + width));
+    double* const parts = scratch.take<double>(split.parts * part_size);
+    double* const shift = scratch.take<double>(width);
+    // Doubles are summed about the mean of a few pixels; 16-bit operands are never shifted, for that would round them.
+    const bool shifted = shape.element_size == sizeof(double);
+    std::fill(shift, shift + width, 0.0);
+    if (shifted) {
+      const int64_t samples = std::min<int64_t>(count, 8);
+      for (int64_t k = 0; k < samples; ++k) {
+        const T* row = first + pixels.at(k * count / samples);
+        if constexpr (sizeof(T) >= 4) {
+          for (int64_t c = 0; c < channels; ++c) shift[c] += static_cast<double>(row[c]) / static_cast<double>(samples);
+        }
+      }
+      for (int64_t c = 0; c < channels; ++c) {
+        if (!std::isfinite(shift[c])) shift[c] = 0.0;
+      }
+    }
+    for_each_task(split.parts, count * channels, [&](int64_t part) {
+      const int64_t steps = shape.steps(kMomentsRows);
+      const int64_t panels_bytes = panel_bytes(shape, channels, steps);
+      Scratch& mine = Scratch::with<Scratch::Task>(panels_bytes + kMomentsRows * sizeof(T*));
+      void* const panels = mine.take<char>(panels_bytes);
+      const T** const rows = mine.take<const T*>(kMomentsRows);
+      double* const products = parts + part * part_size;
+      std::fill(products, products + part_size, 0.0);
+      const int64_t end = std::min((part + 1) * split.rows, count);
+      for (int64_t row = part * split.rows; row < end; row += kMomentsRows) {
+        const int64_t size = std::min(kMomentsRows, end - row);
+        point_at<T>(first, pixels, row, size, rows);
+        const int64_t used = shape.steps(size);
+        kernels.pack_moments(
+            {rows, size, channels, panels, used, 0, shifted ? shift : nullptr, nullptr, nullptr, false});
+        kernels.moments(
+            {panels, channels, panels, channels, used, true, products, products + channels * width, nullptr, 0});
+      }
+    });
+    for (int64_t part = 1; part < split.parts; ++part) {
+      for (int64_t i = 0; i < part_size; ++i) parts[i] += parts[part * part_size + i];
+    }
+    const double n = static_cast<double>(count);
+    double* const sums = parts + channels * width;
+    double* const to = data<double>(cov);
+    for (int64_t i = 0; i < channels; ++i) data<double>(mean)[i] = shift[i] + sums[i] / n;
+    for (int64_t i = 0; i < channels; ++i) {
+      for (int64_t j = i; j < channels; ++j) {
+        to[i * channels + j] = to[j * channels + i] = parts[i * width + j] - sums[i] * (sums[j] / n);
+      }
+    }
+  });
+  return {mean, cov};
+}
+
+// g^T y over the rows, transposed at the end; sums of g beside it.
+template <class T>
+void reduce_products(
+    const T* g,
+    const uint16_t* mask,
+    int64_t outputs,
+    const T* y,
+    const Pixels& pixels,
+    T* kept,
+    bool stream,
+    double* sum_g,
+    double* products) {
+  const auto& kernels = conv1x1_kernels<T>();
+  const PanelShape& shape = kernels.shape;
+  const int64_t channels = y ? pixels.channels() : 0, count = pixels.count(), width = padded(outputs);
+  const Split split(count, kReduceRows, (channels + 1) * width);
+  const int64_t part_size = (channels + 1) * width;
+  double* const parts =
+      Scratch::with(sizeof(double) * split.parts * part_size).template take<double>(split.parts * part_size);
+  for_each_task(split.parts, count * outputs, [&](int64_t part) {
+    const int64_t steps = shape.steps(kReduceRows);
+    const int64_t bytes_y = panel_bytes(shape, channels, steps), bytes_g = panel_bytes(shape, outputs, steps);
+    // Rows that do not begin with a word of the mask are masked before they are packed.
+    const int64_t block = mask && outputs % kLanes ? kReduceRows * outputs : 0;
+    Scratch& mine = Scratch::with<Scratch::Task>(bytes_y + bytes_g + block * sizeof(T) + kReduceRows * sizeof(T*));
+    void* const panels_y = mine.take<char>(bytes_y);
+    void* const panels_g = mine.take<char>(bytes_g);
+    T* const masked = mine.take<T>(block);
+    const T** const rows = mine.take<const T*>(kReduceRows);
+    double* const to = parts + part * part_size;
+    std::fill(to, to + part_size, 0.0);
+    const int64_t end = std::min((part + 1) * split.rows, count);
+    for (int64_t row = part * split.rows; row < end; row += kReduceRows) {
+      const int64_t size = std::min(kReduceRows, end - row), used = shape.steps(size);
+      const T* from = g + row * outputs;
+      // A block begins with a whole word of the mask: its rows are a multiple of kLanes.
+      const uint16_t* words = mask ? mask + row * outputs / kLanes : nullptr;
+      if (block) {
+        kernels.keep(from, words, size * outputs, masked);
+        if (kept) std::copy(masked, masked + size * outputs, kept + row * outputs);
+        from = masked;
+      }
+      for (int64_t r = 0; r < size; ++r) rows[r] = from + r * outputs;
+      kernels.pack(
+          {rows,
+           size,
+           outputs,
+           panels_g,
+           used,
+           0,
+           nullptr,
+           block ? nullptr : words,
+           kept ? kept + row * outputs : nullptr,
+           stream});
+      if (y) {
+        point_at<T>(y, pixels, row, size, rows);
+        kernels.pack({rows, size, channels, panels_y, used, 0, nullptr, nullptr, nullptr, false});
+      }
+      const int64_t next = std::min(row + kReduceRows, end), next_size = std::min(kReduceRows, end - next);
+      kernels.products(
+          {panels_y,
+           channels,
+           panels_g,
+           outputs,
+           used,
+           false,
+           to,
+           sum_g ? to + channels * width : nullptr,
+           g + next * outputs,
+           next_size * outputs * static_cast<int64_t>(sizeof(T))});
+    }
+  });
+  for (int64_t part = 1; part < split.parts; ++part) {
+    for (int64_t i = 0; i < part_size; ++i) parts[i] += parts[part * part_size + i];
+  }
+  if (sum_g) std::copy(parts + channels * width, parts + channels * width + outputs, sum_g);
+  for (int64_t k = 0; k < outputs; ++k) {
+    for (int64_t c = 0; c < channels; ++c) products[k * channels + c] = parts[c * width + k];
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_bn_act_backward_reduce_cpu(
+    Tensor dy,
+    OptionalTensor mask,
+    Tensor y,
+    int64_t stride,
+    OptionalTensor y2,
+    int64_t stride2,
+    bool need_g,
+    bool need_products) {
+  const Pixels pixels("y", y, stride), gradient("dy", dy, 1);
+  const Pixels pixels2("y2", y2 ? *y2 : y, y2 ? stride2 : stride);
+  const int64_t outputs = gradient.channels();
+  STD_TORCH_CHECK(
+      dy.scalar_type() == y.scalar_type() && (!y2 || y2->scalar_type() == y.scalar_type()),
+      "dy, y and y2 must have one dtype");
+  STD_TORCH_CHECK(
+      gradient.count() == pixels.count() && pixels2.count() == pixels.count(), "dy must have the pixels of the output");
+  if (mask) check_mask(*mask, dy, mask_bytes(gradient.layout));
+  STD_TORCH_CHECK(mask || !need_g, "without a mask g is dy");
+  Tensor g = wanted_like(need_g, dy);
+  Tensor sum_g = empty_vector(outputs, ScalarType::Double, dy);
+  Tensor none = empty_vector(0, ScalarType::Double, dy);
+  Tensor products = need_products ? empty_matrix(outputs, pixels.channels(), ScalarType::Double, dy) : none;
+  Tensor products2 = need_products && y2 ? empty_matrix(outputs, pixels2.channels(), ScalarType::Double, dy) : none;
+  dispatch(y.scalar_type(), [&]<class T>(T*) {
+    reduce_products<T>(
+        data<T>(dy),
+        data<uint16_t>(mask),
+        outputs,
+        need_products ? data<T>(y) : nullptr,
+        pixels,
+        need_g ? data<T>(g) : nullptr,
+        streams<T>(dy.numel()) && outputs % (2 * kLanes) == 0,
+        data<double>(sum_g),
+        need_products ? data<double>(products) : nullptr);
+    if (!need_products || !y2) return;
+    const Tensor& from = need_g ? g : dy;
+    reduce_products<T>(
+        data<T>(from),
+        need_g ? nullptr : data<uint16_t>(mask),
+        outputs,
+        data<T>(*y2),
+        pixels2,
+        nullptr,
+        false,
+        nullptr,
+        data<double>(products2));
+  });
+  return {g, sum_g, products, products2};
+}
+
+// ---- products per row ----
+
+// One or two matrices with rows of their own, multiplied by the panels of a stacked matrix.
+template <class T>
+struct Source {
+  const T* data = nullptr;
+  const Pixels* pixels = nullptr;
+  const uint16_t* mask = nullptr;
+  int64_t width = 0;
+};
+
+// Scratch that multiply_all takes for panels of `steps` steps.
+int64_t product_bytes(const PanelShape& shape, int64_t columns, int64_t steps) {
+  return panel_bytes(shape, columns, steps) + shape.panels(columns) * shape.columns * sizeof(double);
+}
+
+// out = epilogue(a1 b1 + a2 b2) for every row; b1 and b2 are given by their rows.
+template <class T>
+void multiply_all(
+    const Source<T> (&sources)[2],
+    const T* const* b1,
+    const T* const* b2,
+    const typename ScalarOf<T>::type* shift,
+    int64_t columns,
+    T* out,
+    const Pixels& target,
+    const T* residual,
+    uint16_t* mask,
+    bool relu,
+    Scratch& scratch) {
+  using S = typename ScalarOf<T>::type;
+  const auto& kernels = conv1x1_kernels<T>();
+  const PanelShape& shape = kernels.shape;
+  const int64_t steps[] = {shape.steps(sources[0].width), sources[1].data ? shape.steps(sources[1].width) : 0};
+  const int64_t panel_steps = steps[0] + steps[1];
+  char* const panels = scratch.take<char>(panel_bytes(shape, columns, panel_steps));
+  kernels.pack({b1, sources[0].width, columns, panels, panel_steps, 0, nullptr, nullptr, nullptr, false});
+  if (steps[1]) {
+    kernels.pack({b2, sources[1].width, columns, panels, panel_steps, steps[0], nullptr, nullptr, nullptr, false});
+  }
+  S* const padded_shift = scratch.take<S>(shape.panels(columns) * shape.columns);
+  std::copy(shift, shift + columns, padded_shift);
+  std::fill(padded_shift + columns, padded_shift + shape.panels(columns) * shape.columns, S(0));
+
+  const int64_t count = target.count();
+  const bool words = mask && columns % kLanes == 0;
+  const bool stream = streams<T>(count * columns) && columns % (2 * kLanes) == 0;
+  // Tasks of some blocks; the rows of a block are a multiple of kLanes, so that its mask is of whole words.
+  const int64_t task_rows = kApplyRows * std::max<int64_t>(1, 64 * 1024 / (kApplyRows * columns));
+  for_each_task(ceil_div(count, task_rows), count * columns, [&](int64_t task) {
+    int64_t bytes = 0;
+    for (int s = 0; s < 2; ++s) {
+      bytes += kApplyRows * (steps[s] * shape.element_size + 64 + (sources[s].mask ? sources[s].width * sizeof(T) : 0));
+    }
+    Scratch& mine = Scratch::with<Scratch::Task>(bytes + 5 * kApplyRows * sizeof(void*));
+    const void** const operands[] = {mine.take<const void*>(kApplyRows), mine.take<const void*>(kApplyRows)};
+    T** const to = mine.take<T*>(kApplyRows);
+    const T** const add = mine.take<const T*>(kApplyRows);
+    T* masked[2];
+    char* widened[2];
+    const int64_t row_bytes[] = {
+        ceil_div(steps[0] * shape.element_size, 64) * 64, ceil_div(steps[1] * shape.element_size, 64) * 64};
+    for (int s = 0; s < 2; ++s) {
+      masked[s] = sources[s].mask ? mine.take<T>(kApplyRows * sources[s].width) : nullptr;
+      widened[s] = mine.take<char>(kApplyRows * row_bytes[s]);
+    }
+    const int64_t end = std::min((task + 1) * task_rows, count);
+    for (int64_t row = task * task_rows; row < end; row += kApplyRows) {
+      const int64_t size = std::min(kApplyRows, end - row);
+      for (int s = 0; s < 2; ++s) {
+        const Source<T>& source = sources[s];
+        if (!source.data) continue;
+        if (source.mask) {
+          const int64_t begin = row * source.width;
+          kernels.keep(source.data + begin, source.mask + begin / kLanes, size * source.width, masked[s]);
+        }
+        for (int64_t r = 0; r < size; ++r) {
+          const T* from = source.mask ? masked[s] + r * source.width : source.data + source.pixels->at(row + r);
+          operands[s][r] = from;
+          if (!kernels.direct || source.width % shape.rows) {
+            operands[s][r] = widened[s] + r * row_bytes[s];
+            kernels.widen(from, source.width, widened[s] + r * row_bytes[s]);
+          }
+        }
+      }
+      for (int64_t r = 0; r < size; ++r) {
+        to[r] = out + target.at(row + r);
+        if (residual) add[r] = residual + (row + r) * columns;
+      }
+      kernels.multiply(
+          {size,
+           columns,
+           operands[0],
+           steps[0],
+           operands[1],
+           steps[1],
+           panels,
+           padded_shift,
+           residual ? add : nullptr,
+           to,
+           words ? mask + row * columns / kLanes : nullptr,
+           relu,
+           stream});
+      if (mask && !words) kernels.mask_of(out + row * columns, size * columns, mask + row * columns / kLanes);
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> conv1x1_bn_act_apply_cpu(
+    Tensor y,
+    Tensor folded,
+    Tensor shift,
+    int64_t stride,
+    OptionalTensor y2,
+    OptionalTensor folded2,
+    int64_t stride2,
+    OptionalTensor residual,
+    bool relu,
+    bool save_mask) {
+  const Pixels pixels("y", y, stride);
+  const Pixels pixels2("y2", y2 ? *y2 : y, y2 ? stride2 : stride);
+  const ScalarType dtype = y.scalar_type();
+  const int64_t columns = folded.size(0), channels = pixels.channels(), channels2 = pixels2.channels();
+  check_matrix("folded", folded, columns, channels, dtype);
+  check_shift("shift", shift, columns, y);
+  STD_TORCH_CHECK(!y2 == !folded2 && !(y2 && residual), "y2 goes with folded2 and without residual");
+  if (y2) {
+    STD_TORCH_CHECK(y2->scalar_type() == dtype, "y2 must have the dtype of y");
+    STD_TORCH_CHECK(
+        pixels2.layout.batch == pixels.layout.batch && pixels2.height == pixels.height && pixels2.width == pixels.width,
+        "y2 must give the pixels that y gives");
+    check_matrix("folded2", *folded2, columns, channels2, dtype);
+  }
+  STD_TORCH_CHECK(relu || !save_mask, "save_mask is for a ReLU");
+  const Layout4d layout{pixels.layout.batch, columns, pixels.height, pixels.width, true};
+  const int64_t sizes[] = {layout.batch, columns, layout.height, layout.width};
+  Tensor out = empty_strided(sizes, layout.strides().data(), 4, dtype, y);
+  if (residual) check_same_layout("residual", *residual, out);
+  Tensor mask = empty_vector(save_mask ? mask_bytes(layout) : 0, ScalarType::Byte, y);
+  const Pixels target("out", out, 1);
+  dispatch(dtype, [&]<class T>(T*) {
+    const PanelShape& shape = conv1x1_kernels<T>().shape;
+    const int64_t inner[] = {channels, y2 ? channels2 : 0};
+    Scratch& scratch = Scratch::with(
+        product_bytes(shape, columns, shape.steps(inner[0]) + shape.steps(inner[1])) +
+        (inner[0] + inner[1]) * (columns * sizeof(T) + sizeof(T*)));
+    const T** rows[2];
+    const OptionalTensor* const matrices[] = {nullptr, &folded2};
+    for (int s = 0; s < 2; ++s) {
+      const T* const from = s == 0 ? data<T>(folded) : data<T>(*matrices[1]);
+      T* const transposed = scratch.take<T>(inner[s] * columns);
+      rows[s] = scratch.take<const T*>(inner[s]);
+      for (int64_t c = 0; c < inner[s]; ++c) {
+        rows[s][c] = transposed + c * columns;
+        for (int64_t k = 0; k < columns; ++k) transposed[c * columns + k] = from[k * inner[s] + c];
+      }
+    }
+    const Source<T> sources[2] = {
+        {data<T>(y), &pixels, nullptr, channels}, {data<T>(y2), &pixels2, nullptr, y2 ? channels2 : 0}};
+    using S = typename ScalarOf<T>::type;
+    multiply_all<T>(
+        sources,
+        rows[0],
+        rows[1],
+        data<S>(shift),
+        columns,
+        data<T>(out),
+        target,
+        data<T>(residual),
+        save_mask ? data<uint16_t>(mask) : nullptr,
+        relu,
+        scratch);
+  });
+  return {out, mask};
+}
+
+// dy folded + y mixing + offset at the pixels of y that the convolution took, zero elsewhere.
+Tensor input_gradient(
+    const Tensor& dy,
+    const OptionalTensor& mask,
+    const Pixels& gradient,
+    const Tensor& y,
+    const Pixels& pixels,
+    const Tensor& folded,
+    const Tensor& mixing,
+    const Tensor& offset) {
+  const int64_t outputs = gradient.channels(), channels = pixels.channels();
+  STD_TORCH_CHECK(y.scalar_type() == dy.scalar_type(), "dy and y must have one dtype");
+  STD_TORCH_CHECK(
+      gradient.layout.batch == pixels.layout.batch && gradient.height == pixels.height &&
+          gradient.width == pixels.width,
+      "dy must have the pixels of the output");
+  check_matrix("folded", folded, outputs, channels, y.scalar_type());
+  check_matrix("mixing", mixing, channels, channels, y.scalar_type());
+  check_shift("offset", offset, channels, y);
+  Tensor dx = uninitialized_like(y);
+  dispatch(y.scalar_type(), [&]<class T>(T*) {
+    if (pixels.stride > 1) std::memset(dx.data_ptr(), 0, dx.numel() * sizeof(T));
+    const PanelShape& shape = conv1x1_kernels<T>().shape;
+    Scratch& scratch = Scratch::with(
+        product_bytes(shape, channels, shape.steps(outputs) + shape.steps(channels)) +
+        (outputs + channels) * sizeof(T*));
+    const T** const rows = scratch.take<const T*>(outputs);
+    const T** const rows2 = scratch.take<const T*>(channels);
+    for (int64_t k = 0; k < outputs; ++k) rows[k] = data<T>(folded) + k * channels;
+    for (int64_t c = 0; c < channels; ++c) rows2[c] = data<T>(mixing) + c * channels;
+    const Source<T> sources[2] = {
+        {data<T>(dy), &gradient, data<uint16_t>(mask), outputs}, {data<T>(y), &pixels, nullptr, channels}};
+    using S = typename ScalarOf<T>::type;
+    multiply_all<T>(
+        sources, rows, rows2, data<S>(offset), channels, data<T>(dx), pixels, nullptr, nullptr, false, scratch);
+  });
+  return dx;
+}
+
+std::tuple<Tensor, Tensor> conv1x1_bn_act_backward_apply_cpu(
+    Tensor dy,
+    OptionalTensor mask,
+    Tensor y,
+    Tensor folded,
+    Tensor mixing,
+    Tensor offset,
+    int64_t stride,
+    OptionalTensor y2,
+    OptionalTensor folded2,
+    OptionalTensor mixing2,
+    OptionalTensor offset2,
+    int64_t stride2,
+    bool need_dx,
+    bool need_dx2) {
+  const Pixels pixels("y", y, stride), gradient("dy", dy, 1);
+  if (mask) check_mask(*mask, dy, mask_bytes(gradient.layout));
+  STD_TORCH_CHECK(!need_dx2 || (y2 && folded2 && mixing2 && offset2), "dx2 takes y2, folded2, mixing2 and offset2");
+  Tensor dx = empty_vector(0, y.scalar_type(), y), dx2 = empty_vector(0, y.scalar_type(), y);
+  if (need_dx) dx = input_gradient(dy, mask, gradient, y, pixels, folded, mixing, offset);
+  if (need_dx2) {
+    dx2 = input_gradient(dy, mask, gradient, *y2, Pixels("y2", *y2, stride2), *folded2, *mixing2, *offset2);
+  }
+  return {dx, dx2};
+}
+
+}  // namespace
+}  // namespace fusedres::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fusedres, CPU, m) {
+  m.impl("conv1x1_moments", TORCH_BOX(&fusedres::cpu::conv1x1_moments_cpu));
+  m.impl("conv1x1_bn_act_apply", TORCH_BOX(&fusedres::cpu::conv1x1_bn_act_apply_cpu));
+  m.impl("conv1x1_bn_act_backward_reduce", TORCH_BOX(&fusedres::cpu::conv1x1_bn_act_backward_reduce_cpu));
+  m.impl("conv1x1_bn_act_backward_apply", TORCH_BOX(&fusedres::cpu::conv1x1_bn_act_backward_apply_cpu));
+}
+
+#endif

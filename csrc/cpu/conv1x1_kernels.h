@@ -1,0 +1,102 @@
+// The CPU kernels of a folded 1x1 convolution, as the driver calls them: matrix products over blocks of rows (pixels),
+// one table per storage type and instruction set.
+//
+// A matrix is multiplied from panels: pieces of kPanelColumns columns, in each of which the rows follow one another, so
+// that the innermost loop reads one stream. An element of a panel is what one multiplication takes: a float, a double,
+// or two bfloat16 of successive rows.
+#pragma once
+
+#include "batch_norm_kernels.h"
+
+namespace fusedres::cpu {
+
+constexpr int64_t kApplyRows = 48;     // rows of a block of an output: with one panel they stay in L1
+constexpr int64_t kMomentsRows = 128;  // rows that are summed in the compute type, and then in double
+constexpr int64_t kReduceRows = 256;   // of sums whose differences are not taken
+constexpr int64_t kPanelAlign = 64;    // bytes
+
+// How a kernel's panels are laid out.
+struct PanelShape {
+  int64_t columns;       // of a panel
+  int64_t rows;          // that go into one element: two for pairs of bfloat16
+  int64_t element_size;  // bytes
+  int64_t steps(int64_t inner) const { return (inner + rows - 1) / rows; }
+  int64_t panels(int64_t width) const { return (width + columns - 1) / columns; }
+};
+
+// Rows of a matrix, wherever they are, to panels; missing columns and rows become zero.
+template <class T>
+struct PackArgs {
+  const T* const* rows;
+  int64_t count;
+  int64_t width;
+  void* panels;
+  int64_t panel_steps;  // steps that a panel has in all
+  int64_t first_step;   // where these rows begin
+  const double* shift;  // (width) or null: subtracted, by the kernels that pack to double
+  // Or null: only what the mask keeps is packed and, past the caches if `stream`, written to g. The mask and g are
+  // those of the first row, rows are adjacent, and width is a multiple of kLanes.
+  const uint16_t* mask;
+  T* g;
+  bool stream;
+};
+
+// out = relu(a1 b1 + a2 b2 + shift + residual) of `count` rows, at most kApplyRows.
+template <class T>
+struct MultiplyArgs {
+  using S = typename ScalarOf<T>::type;
+  int64_t count, columns;
+  const void* const* a1;  // per row: elements, or T where the kernels read T (see direct)
+  int64_t steps1;
+  const void* const* a2;
+  int64_t steps2;  // or 0
+  const void* panels;
+  const S* shift;            // padded to whole vectors
+  const T* const* residual;  // per row, or null
+  T* const* out;             // per row
+  uint16_t* mask;            // of the first row, or null; only where columns % kLanes == 0
+  bool relu;
+  bool stream;
+};
+
+// Adds to products (inner columns of `left`, columns of `right`, a row of padded(right)) the sum over the packed rows.
+struct ProductsArgs {
+  const void* left;
+  int64_t left_width;
+  const void* right;
+  int64_t right_width;
+  int64_t steps;     // of either
+  bool symmetric;    // left is right: only products[i][j] with j >= i are wanted
+  double* products;  // whole vectors of columns
+  double* sums;      // of the columns of `right`, or null
+  const void* next;  // what is read after these products: brought near meanwhile
+  int64_t next_bytes;
+};
+
+template <class T>
+struct Conv1x1Kernels {
+  PanelShape shape;  // of all but moments
+  bool direct;       // rows of an even number of T can be read as elements, without packing
+  // Rows to rows of elements, padded to whole steps.
+  void (*widen)(const T* row, int64_t width, void* elements);
+  void (*pack)(const PackArgs<T>&);
+  void (*multiply)(const MultiplyArgs<T>&);
+  void (*products)(const ProductsArgs&);
+  PanelShape moments_shape;  // float is squared in double: the variances are differences of these sums
+  void (*pack_moments)(const PackArgs<T>&);
+  void (*moments)(const ProductsArgs&);
+  void (*keep)(const T* dy, const uint16_t* mask, int64_t count, T* kept);  // dy where the mask is set, zero elsewhere
+  void (*mask_of)(const T* out, int64_t count, uint16_t* mask);
+};
+
+#define FUSEDRES_DECLARE_CONV1X1(isa)         \
+  namespace isa {                             \
+  template <class T>                          \
+  const Conv1x1Kernels<T>& conv1x1_kernels(); \
+  }
+FUSEDRES_DECLARE_CONV1X1(baseline)
+FUSEDRES_DECLARE_CONV1X1(avx2)
+FUSEDRES_DECLARE_CONV1X1(avx512)
+#undef FUSEDRES_DECLARE_CONV1X1
+
+}  // namespace fusedres::cpu
