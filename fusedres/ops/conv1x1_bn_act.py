@@ -25,7 +25,7 @@ same ``g``; its terms are added to ``out`` before the rounding.
 
 What is saved: y, the parameters, ``mean``, ``cov``, ``mu`` and ``rstd``, and one bit per element of ``out`` for the
 ReLU. ``w~`` is computed anew. The vectors and the small matrices are float64, whatever serves the four passes over
-pixels. Where ``var`` is too small beside ``w_k^T E[y y^T] w_k`` for that, ``fusedres/ops/folding.py`` refuses.
+pixels; where that is not exact enough, ``fusedres/ops/folding.py`` refuses.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from .folding import Conditioning
 from .layout import mask_bytes, pack_mask, unpack_mask
 from .registry import define
 
@@ -274,17 +275,15 @@ def output_moments(conv_weight: Tensor, mean: Tensor, cov: Tensor, count: int) -
     return Moments(mean, cov, count, w @ mean, var.clamp(min=0))  # which keeps NaN
 
 
-def amplification(conv_weight: Tensor, moments: Moments, eps: float) -> tuple[float, float]:
-    """By how much the terms of a channel's variance exceed it, at most: with the mean in them, and without.
-
-    max over k of ``sum_c w_kc^2 E[y_c^2] / (var_k + eps)``, and with the variance of ``y_c`` for the expectation. The
-    first is what rounding of sums meets, the second what rounding of weights meets.
-    """
-    squares = _matrix(conv_weight).square_()
+def conditioning(conv_weight: Tensor, moments: Moments, eps: float) -> Conditioning:
+    """How exactly the fold of these moments would be computed; waits for the device."""
     variance = moments.cov.diagonal() / moments.count
-    terms = squares @ torch.stack([variance + moments.mean.square(), variance], 1)  # (K, 2)
-    with_mean, without = (terms / (moments.var + eps).unsqueeze(1)).amax(0).tolist()
-    return with_mean, without
+    seconds = variance + moments.mean.square()
+    columns = torch.stack([seconds, variance, torch.ones_like(variance)], 1)  # (C, 3)
+    terms = _matrix(conv_weight.detach()).square() @ columns / (moments.var + eps).unsqueeze(1)  # (K, 3)
+    gain = terms[:, 2].sum() / variance.numel()
+    cancellation, rounding, _, spread = torch.cat([terms.amax(0), (seconds.sum() / gain).view(1)]).tolist()
+    return Conditioning(cancellation, rounding, spread)
 
 
 def _scale(weight: Tensor | None, rstd: Tensor) -> Tensor:
@@ -429,16 +428,47 @@ def _differentiable_gradients(g: Tensor, branch: _Branch) -> tuple[Tensor, Tenso
     return dy, dw.to(conv_weight.dtype), dweight
 
 
-def _saved(y: Tensor, conv_weight: Tensor, weight: Tensor | None, moments: Moments, stats: Tensor) -> tuple[Any, ...]:
-    covariance = (moments.cov / moments.count).to(wide_dtype(y.dtype))
-    return y, conv_weight, weight, moments.mean, covariance, stats
+class Input(NamedTuple):
+    """One convolution with its normalisation, forward.
+
+    ``running`` are the arguments of :func:`update_running` up to ``momentum``.
+    """
+
+    y: Tensor
+    conv_weight: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    moments: Moments
+    running: tuple[Any, ...]
+    eps: float
+    stride: int
+
+    def saved(self, stats: Tensor) -> tuple[Tensor | None, ...]:
+        """The tensors of a :class:`_Branch`; with 16 bits, float32 holds the covariance."""
+        mean, cov, count, *_ = self.moments
+        dtype = torch.float64 if self.y.element_size() > 2 else torch.float32
+        return self.y, self.conv_weight, self.weight, mean, (cov / count).to(dtype), stats
+
+
+def folded_forward(
+    inputs: Sequence[Input], residual: Tensor | None, relu: bool, save_mask: bool, apply: Callable[..., Any]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """out, its mask, and of each convolution the statistics; the running ones stay as they are."""
+    folded, shifts, stats = zip(
+        *(fold(i.conv_weight, i.weight, i.bias, i.moments, i.eps, i.y.dtype) for i in inputs), strict=True
+    )
+    y = inputs[0].y
+    second = (inputs[1].y, folded[1], inputs[1].stride) if len(inputs) == 2 else (None, None, 1)
+    shift = torch.stack(shifts).sum(0).to(wide_dtype(y.dtype))
+    out, mask = apply(y, folded[0], shift, inputs[0].stride, *second, residual, relu, save_mask)
+    return out, mask, list(stats)
 
 
 class Conv1x1BNActFunction(Function):
     """``act(bn(conv(y)) + residual)`` of channels_last tensors, in training.
 
-    ``config`` is what is not differentiable: ``(moments, running, eps, stride, relu, ops)``, where ``running`` are the
-    arguments of :func:`update_running` up to ``momentum`` and ``ops`` serve the three passes after the moments.
+    ``config`` is what is not differentiable: ``(moments, running, eps, stride, relu, ops)``, the first four as in
+    :class:`Input`, ``ops`` who serves the three passes after the moments.
     """
 
     @staticmethod
@@ -451,14 +481,19 @@ class Conv1x1BNActFunction(Function):
         residual: Tensor | None,
         config: tuple[Moments, tuple[Any, ...], float, int, bool, tuple[Callable[..., Any], ...]],
     ) -> Tensor:
-        moments, running, eps, stride, relu, (apply, *backward_ops) = config
-        folded, shift, stats = fold(conv_weight, weight, bias, moments, eps, y.dtype)
-        shift = shift.to(wide_dtype(y.dtype))
-        out, mask = apply(y, folded, shift, stride, None, None, 1, residual, relu, relu)
-        saved = _saved(y, conv_weight, weight, moments, stats)
-        update_running(*running, moments)
+        *of_branch, relu, (apply, *backward_ops) = config
+        branch = Input(y, conv_weight, weight, bias, *of_branch)
+        out, mask, (stats,) = folded_forward((branch,), residual, relu, relu, apply)
+        saved = branch.saved(stats)
+        update_running(*branch.running, branch.moments)
         ctx.save_for_backward(*saved, mask if relu else None)
-        ctx.config = (moments.count, stride, eps, None if bias is None else bias.dtype, backward_ops)
+        ctx.config = (
+            branch.moments.count,
+            branch.stride,
+            branch.eps,
+            None if bias is None else bias.dtype,
+            backward_ops,
+        )
         return out
 
     @staticmethod
@@ -510,30 +545,27 @@ class Conv1x1BNAddConv1x1BNActFunction(Function):
         bias2: Tensor | None,
         config: tuple[Any, ...],
     ) -> Tensor:
-        moments, running, eps, stride, moments2, running2, eps2, stride2, relu, (apply, *backward_ops) = config
-        folded, shift, stats = fold(conv_weight, weight, bias, moments, eps, y.dtype)
-        folded2, shift2, stats2 = fold(conv_weight2, weight2, bias2, moments2, eps2, y.dtype)
-        shift = (shift + shift2).to(wide_dtype(y.dtype))
-        out, mask = apply(y, folded, shift, stride, y2, folded2, stride2, None, relu, relu)
-        saved = _saved(y, conv_weight, weight, moments, stats)
-        saved2 = _saved(y2, conv_weight2, weight2, moments2, stats2)
-        update_running(*running, moments)
-        update_running(*running2, moments2)
-        ctx.save_for_backward(*saved, *saved2, mask if relu else None)
-        dtypes = tuple(None if b is None else b.dtype for b in (bias, bias2))
-        ctx.config = (moments.count, stride, eps, stride2, eps2, dtypes, backward_ops)
+        *of_branches, relu, (apply, *backward_ops) = config
+        first = Input(y, conv_weight, weight, bias, *of_branches[:4])
+        second = Input(y2, conv_weight2, weight2, bias2, *of_branches[4:])
+        out, mask, (stats, stats2) = folded_forward((first, second), None, relu, relu, apply)
+        saved = (*first.saved(stats), *second.saved(stats2), mask if relu else None)
+        for branch in (first, second):
+            update_running(*branch.running, branch.moments)
+        ctx.save_for_backward(*saved)
+        ctx.config = tuple((b.moments.count, b.stride, b.eps) for b in (first, second))
+        ctx.dtypes = tuple(None if b is None else b.dtype for b in (bias, bias2))
+        ctx.ops = backward_ops
         return out
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         *saved, mask = ctx.saved_tensors
-        count, stride, eps, stride2, eps2, dtypes, ops = ctx.config
         needs = ctx.needs_input_grad[:8]
         branches = tuple(
-            _Branch(y.contiguous(memory_format=torch.channels_last), *rest, count, stride, eps, wanted)
-            for (y, *rest), stride, eps, wanted in (
-                (saved[:6], stride, eps, needs[:3]),
-                (saved[6:], stride2, eps2, needs[4:7]),
+            _Branch(y.contiguous(memory_format=torch.channels_last), *rest, *config, wanted)
+            for (y, *rest), config, wanted in zip(
+                (saved[:6], saved[6:]), ctx.config, (needs[:3], needs[4:7]), strict=True
             )
         )
         if torch.is_grad_enabled():
@@ -544,8 +576,8 @@ class Conv1x1BNAddConv1x1BNActFunction(Function):
             gradients = [_differentiable_gradients(g, b) if any(b.needs) else (None, None, None) for b in branches]
         else:
             dy = dy.contiguous(memory_format=torch.channels_last)
-            _, sum_g, gradients = _gradients(dy, mask, branches, False, ops)
+            _, sum_g, gradients = _gradients(dy, mask, branches, False, ctx.ops)
         results = []
-        for of_branch, dtype in zip(gradients, dtypes, strict=True):
+        for of_branch, dtype in zip(gradients, ctx.dtypes, strict=True):
             results += [*of_branch, None if dtype is None else sum_g.to(dtype)]
         return *(t if need else None for t, need in zip(results, needs, strict=True)), None
