@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
 from torch.nn import functional as F
@@ -1074,8 +1075,10 @@ def _float64_sums(device: str) -> bool:
 
 
 def _is_blind(y: Tensor) -> bool:
-    """Whether the call cannot look at values: it becomes part of a graph."""
-    return is_compiling() or (y.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Whether the call cannot look at values: it becomes part of a graph, or there are none."""
+    if is_compiling() or isinstance(y, FakeTensor):
+        return True
+    return y.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _folding_ops(
@@ -1088,6 +1091,7 @@ def _folding_ops(
     except RuntimeError:  # a forced backend without these kernels serves what follows the convolution
         ops = (None,)
     safe_unseen = dtype == torch.float32 and _float64_sums(y.device.type)
+    traced = _is_traced() or (_is_blind(y) and not safe_unseen)
     folds, _ = folding_choice(
         folding,
         dtype,
@@ -1095,9 +1099,9 @@ def _folding_ops(
         [c.y.size(1) for c in convolutions],
         min(c.pixels for c in convolutions) if fits else 0,
         training=training,
-        traced=_is_traced() or (_is_blind(y) and not safe_unseen),
+        traced=traced,
         served=None not in ops,
-        channels_last=all(is_channels_last(c.y) for c in convolutions),
+        channels_last=traced or all(is_channels_last(c.y) for c in convolutions),  # vmap cannot say
         fits=fits,
     )
     return ops if folds else None

@@ -107,6 +107,11 @@ class Case:
         return ",".join(parts)
 
     @property
+    def convolution(self) -> tuple[int, int, int, int, int, bool]:
+        """`conv`, with the kernel that a folded op has; of a pair the second convolution's."""
+        return (self.conv[0], 1, self.conv[2], 0, 1, False) if self.op in FOLDED else self.conv
+
+    @property
     def x_dtype(self) -> torch.dtype:
         return _DTYPES[self.dtype][0]
 
@@ -247,7 +252,7 @@ def _running(
 
 
 def _conv_weight(case: Case, inputs: int, generator: torch.Generator) -> Tensor:
-    channels, kernel, _, _, groups, _ = case.conv
+    channels, kernel, _, _, groups, _ = case.convolution
     weight = torch.randn((channels, inputs // groups, kernel, kernel), generator=generator, dtype=torch.float64)
     if case.weights == "zero_sum":
         weight = weight - weight.mean(1, keepdim=True)
@@ -263,7 +268,7 @@ def make_inputs(case: Case) -> dict[str, Tensor]:
         return tensors
     shape = case.shape
     if case.op in CONVOLUTIONS:
-        channels, kernel, stride, padding, _, bias = case.conv
+        channels, kernel, stride, padding, _, bias = case.convolution
         tensors["conv_weight"] = _conv_weight(case, shape[1], g)
         if bias:
             tensors["conv_bias"] = torch.randn(channels, generator=g).to(case.x_dtype)
@@ -336,7 +341,7 @@ def ours(case: Case, t: dict[str, Tensor]) -> Tensor:
     if case.op == PAIR_1X1:
         bn2 = [t.get(name) for name in ("running_mean2", "running_var2", "weight2", "bias2")]
         second = (t["x2"], t["conv_weight2"], *bn2)
-        fold = {"stride2": case.conv[2], "folding": "always"}
+        fold = {"stride2": case.conv[2], "training2": case.training2, "folding": "always"}
         return F.conv1x1_bn_add_conv1x1_bn_act(t["x"], t["conv_weight"], *bn, *second, **fold, **options)
     if case.op == "conv_bn_act":
         _, _, stride, padding, groups, _ = case.conv
@@ -389,7 +394,7 @@ def pre_activation(case: Case, t: dict[str, Tensor], batch_norm: Callable[..., T
     if case.op == "add_act":
         return x + t["residual"]
     if case.op in CONVOLUTIONS:
-        _, _, stride, padding, groups, _ = case.conv
+        _, _, stride, padding, groups, _ = case.convolution
         of_first = 1 if case.op == PAIR_1X1 else stride
         x = nn.functional.conv2d(x, t["conv_weight"], t.get("conv_bias"), of_first, padding, 1, groups)
     z = batch_norm(case, t, x)
@@ -408,7 +413,8 @@ def eager(case: Case, t: dict[str, Tensor]) -> Tensor:
 
 
 PAIR_1X1 = "conv1x1_bn_add_conv1x1_bn_act"
-CONVOLUTIONS = ("conv_bn_act", "conv1x1_bn_act", PAIR_1X1)
+FOLDED = ("conv1x1_bn_act", PAIR_1X1)
+CONVOLUTIONS = ("conv_bn_act", *FOLDED)
 OPS = ("batch_norm_act", "batch_norm_add_batch_norm_act", "batch_norm_act_max_pool", "add_act", *CONVOLUTIONS)
 BLOCKS = ("BasicBlock", "Bottleneck", "PreActBasicBlock", "PreActBottleneck")
 

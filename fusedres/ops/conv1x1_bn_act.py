@@ -41,6 +41,7 @@ from torch.nn import functional as F
 from .folding import Conditioning
 from .layout import mask_bytes, pack_mask, unpack_mask
 from .registry import define
+from .traffic import Launch, Sizes, Traffic
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------
 
@@ -246,6 +247,112 @@ OPS = (
     CONV1X1_BN_ACT_BACKWARD_REDUCE,
     CONV1X1_BN_ACT_BACKWARD_APPLY,
 )
+
+
+# ---- traffic ---------------------------------------------------------------------------------------------------------
+
+_FLOAT64 = 8  # bytes of what the small matrices are made of
+
+
+class _Sizes:
+    """Bytes of the operands of one convolution; only the pixels that the stride takes are read."""
+
+    def __init__(self, shape: Sequence[int], channels: int, dtype: torch.dtype, stride: int) -> None:
+        n, c, h, w = shape
+        if stride < 1:
+            raise ValueError(f"stride must be positive, but got {stride}")
+        out = (n, channels, strided_size(h, stride), strided_size(w, stride))
+        of_y, of_out = (Sizes(s, dtype, "channels_last") for s in (shape, out))
+        count = n * out[2] * out[3]
+        self.image = of_y.x
+        self.y = count * c * dtype.itemsize
+        self.out, self.mask, self.shift = of_out.x, of_out.mask, of_out.wide
+        self.folded, self.mixing, self.offset = channels * c * dtype.itemsize, c * c * dtype.itemsize, of_y.wide
+        self.products, self.sums = channels * c * _FLOAT64, channels * _FLOAT64
+
+
+def _one_launch(name: str, loads: int, stores: int) -> Traffic:
+    return Traffic(loads + stores, (Launch(name, loads, stores),))
+
+
+def conv1x1_moments_traffic(shape: Sequence[int], dtype: torch.dtype, *, stride: int = 1) -> Traffic:
+    """Bytes of the moments of a channels_last (N, C, H, W): one pass over the pixels that the stride takes.
+
+    Raises:
+        ValueError: a shape that is not four sizes, a stride that is not positive; so do the other three.
+    """
+    s, c = _Sizes(shape, 1, dtype, stride), shape[1]
+    return _one_launch("moments", s.y, (c + c * c) * _FLOAT64)
+
+
+def conv1x1_bn_act_apply_traffic(
+    shape: Sequence[int],
+    channels: int,
+    dtype: torch.dtype,
+    *,
+    stride: int = 1,
+    shape2: Sequence[int] | None = None,
+    stride2: int = 1,
+    residual: bool = False,
+    save_mask: bool = True,
+) -> Traffic:
+    """Bytes of the forward's GEMM.
+
+    Args:
+        shape: of y, (N, C, H, W). channels: of the output. shape2, stride2: of the second of a pair.
+        residual, save_mask: whether there are a residual and a mask.
+    """
+    s = _Sizes(shape, channels, dtype, stride)
+    loads = s.y + s.folded + s.shift + residual * s.out
+    if shape2 is not None:
+        second = _Sizes(shape2, channels, dtype, stride2)
+        loads += second.y + second.folded
+    return _one_launch("apply", loads, s.out + save_mask * s.mask)
+
+
+def conv1x1_bn_act_backward_reduce_traffic(
+    shape: Sequence[int],
+    channels: int,
+    dtype: torch.dtype,
+    *,
+    stride: int = 1,
+    shape2: Sequence[int] | None = None,
+    stride2: int = 1,
+    relu: bool = True,
+    need_g: bool = False,
+    need_products: bool = True,
+) -> Traffic:
+    """Bytes of the backward's reduction; arguments as of the op and of :func:`conv1x1_bn_act_apply_traffic`."""
+    s = _Sizes(shape, channels, dtype, stride)
+    loads, stores = s.out + relu * s.mask + need_products * s.y, need_g * s.out + s.sums + need_products * s.products
+    if shape2 is not None and need_products:
+        second = _Sizes(shape2, channels, dtype, stride2)
+        loads, stores = loads + second.y, stores + second.products
+    return _one_launch("reduce", loads, stores)
+
+
+def conv1x1_bn_act_backward_apply_traffic(
+    shape: Sequence[int],
+    channels: int,
+    dtype: torch.dtype,
+    *,
+    stride: int = 1,
+    shape2: Sequence[int] | None = None,
+    stride2: int = 1,
+    relu: bool = True,
+    need_dx: bool = True,
+    need_dx2: bool = False,
+) -> Traffic:
+    """Bytes of the backward's GEMM; arguments as of the op and of :func:`conv1x1_bn_act_apply_traffic`.
+
+    All of dx is written, also the pixels that the stride leaves out.
+    """
+    first = _Sizes(shape, channels, dtype, stride)
+    wanted = [first] if need_dx else []
+    if need_dx2:
+        wanted.append(_Sizes(shape2, channels, dtype, stride2))
+    loads = first.out + relu * first.mask + sum(s.y + s.folded + s.mixing + s.offset for s in wanted)
+    return _one_launch("apply", loads, sum(s.image for s in wanted))
 
 
 # ---- small matrices --------------------------------------------------------------------------------------------------
