@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
 from torch.nn import functional as F
@@ -38,19 +39,36 @@ from .ops.checks import (
     check_addend,
     check_batch_norm,
     check_bool,
+    check_conv1x1,
     check_max_pool,
     check_not_inference,
     check_tensor,
     pair,
     pooled_size,
 )
-from .ops.layout import dense
+from .ops.conv1x1_bn_act import OPS as CONV1X1_OPS
+from .ops.conv1x1_bn_act import (
+    Conv1x1BNActFunction,
+    Conv1x1BNAddConv1x1BNActFunction,
+    Input,
+    Moments,
+    conditioning,
+    folded_forward,
+    output_moments,
+    pixels,
+    strided_size,
+    update_running,
+)
+from .ops.folding import folding_asked, folding_choice, numerically_safe
+from .ops.layout import dense, is_channels_last
 
 __all__ = [
     "add_act",
     "batch_norm_act",
     "batch_norm_act_max_pool",
     "batch_norm_add_batch_norm_act",
+    "conv1x1_bn_act",
+    "conv1x1_bn_add_conv1x1_bn_act",
     "conv_bn_act",
 ]
 
@@ -197,6 +215,8 @@ _APPLY_NORM = _applied(BatchNormActFunction)
 _APPLY_PAIR = _applied(BatchNormAddBatchNormActFunction)
 _APPLY_POOL = _applied(BatchNormActMaxPoolFunction)
 _APPLY_ADD = _applied(AddActFunction)
+_APPLY_FOLDED = _applied(Conv1x1BNActFunction)
+_APPLY_FOLDED_PAIR = _applied(Conv1x1BNAddConv1x1BNActFunction)
 
 
 @functools.lru_cache(maxsize=64)
@@ -800,3 +820,353 @@ def conv_bn_act(
         act=act,
         num_batches_tracked=num_batches_tracked,
     )
+
+
+def conv1x1_bn_act(
+    y: Tensor,
+    conv_weight: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    act: str | None = "relu",
+    num_batches_tracked: Tensor | None = None,
+    folding: str = "auto",
+) -> Tensor:
+    r"""A 1x1 convolution, batch normalisation, residual addition, activation, in training as one GEMM.
+
+    Folded, the convolution's output is never written: its statistics are computed from the second moments of ``y``, and
+    the normalisation goes into the weights. See ``fusedres/ops/conv1x1_bn_act.py`` for the algebra. What cannot be
+    folded, or not without a loss of accuracy, is :func:`torch.nn.functional.conv2d` and :func:`batch_norm_act`, with
+    the same result: evaluation, fewer than ``4 C`` output pixels, a residual that broadcasts or promotes, tracers and
+    ``torch.func`` transforms, devices without kernels.
+
+    Args:
+        y: (N, C, H, W), best in channels_last. conv_weight: (K, C, 1, 1), in the dtype of ``y``; under autocast it
+            may stay float32, and is then rounded once, together with what is folded into it.
+        stride: of the convolution.
+        residual: (N, K, H', W'), added before the activation.
+        folding: ``"auto"`` folds where that is faster, as far as measured: a channels_last ``y`` on a CPU with few
+            channels. ``"always"`` folds wherever it can, for the memory it saves; a ``y`` in another memory format is
+            copied once. ``"never"``. The environment's ``FUSEDRES_FOLDING`` is what ``"auto"`` stands for.
+        The others: as in :func:`batch_norm_act`, over the K channels of the convolution's output.
+
+    Returns:
+        (N, K, H', W') in the dtype of ``y``, channels_last where folded.
+
+    Raises:
+        RuntimeError: a kernel that is not 1x1 or has not the channels of ``y``. ValueError: ``folding``.
+        The rest as :func:`torch.nn.functional.conv2d` and :func:`batch_norm_act`.
+    """
+    if has_torch_function_variadic(
+        y, conv_weight, running_mean, running_var, weight, bias, residual, num_batches_tracked
+    ):
+        return handle_torch_function(
+            conv1x1_bn_act,
+            (y, conv_weight, running_mean, running_var, weight, bias, residual, num_batches_tracked),
+            y,
+            conv_weight,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            residual,
+            stride=stride,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            act=act,
+            num_batches_tracked=num_batches_tracked,
+            folding=folding,
+        )
+    check_act(act)
+    folding = folding_asked(folding)
+    check_conv1x1(y, conv_weight)
+    convolution = _Conv1x1(y, conv_weight, stride)
+    fits = convolution.fits and (residual is None or convolution.matches(residual))
+    ops = _folding_ops(folding, (convolution,), training is True, fits)
+    if ops is not None:
+        x = convolution.output()
+        check_batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+        check_not_inference({"y": y, "conv_weight": conv_weight, "weight": weight, "bias": bias, "residual": residual})
+        moments = convolution.moments(ops[0])
+        if _is_safe(convolution, moments, eps):
+            running = (running_mean, running_var, num_batches_tracked, momentum)
+            return _conv1x1_bn_act(
+                convolution, weight, bias, residual, (moments, running, eps, convolution.stride, act == "relu", ops[1:])
+            )
+    return batch_norm_act(
+        F.conv2d(convolution.y, conv_weight, None, stride),
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        residual,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        act=act,
+        num_batches_tracked=num_batches_tracked,
+    )
+
+
+def conv1x1_bn_add_conv1x1_bn_act(
+    y: Tensor,
+    conv_weight: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y2: Tensor,
+    conv_weight2: Tensor,
+    running_mean2: Tensor | None,
+    running_var2: Tensor | None,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    stride2: int | tuple[int, int] = 1,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    training2: bool | None = None,
+    momentum2: float | None | str = "same",
+    eps2: float | None = None,
+    act: str | None = "relu",
+    num_batches_tracked: Tensor | None = None,
+    num_batches_tracked2: Tensor | None = None,
+    folding: str = "auto",
+) -> Tensor:
+    r"""The tail of a bottleneck with a projection shortcut: ``act(bn(conv(y)) + bn2(conv2(y2)))``, 1x1 convolutions.
+
+    In training one GEMM over the channels of both; neither convolution's output is written. What does not fold is two
+    convolutions and :func:`batch_norm_add_batch_norm_act`.
+
+    Args:
+        y, conv_weight, stride, folding: as in :func:`conv1x1_bn_act`; ``y2``, ``conv_weight2`` and ``stride2`` are of
+            the second, whose output has the shape of the first's.
+        The others: as in :func:`batch_norm_add_batch_norm_act`.
+
+    Returns:
+        (N, K, H', W') in the dtype of ``y``, channels_last where folded.
+
+    Raises:
+        As :func:`conv1x1_bn_act`; arguments of the second are named with a 2.
+    """
+    training2 = training if training2 is None else training2
+    momentum2 = momentum if momentum2 == "same" else momentum2
+    eps2 = eps if eps2 is None else eps2
+    first = (y, conv_weight, running_mean, running_var, weight, bias)
+    second = (y2, conv_weight2, running_mean2, running_var2, weight2, bias2)
+    if has_torch_function_variadic(*first, num_batches_tracked, *second, num_batches_tracked2):
+        return handle_torch_function(
+            conv1x1_bn_add_conv1x1_bn_act,
+            (*first, num_batches_tracked, *second, num_batches_tracked2),
+            *first,
+            *second,
+            stride=stride,
+            stride2=stride2,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            training2=training2,
+            momentum2=momentum2,
+            eps2=eps2,
+            act=act,
+            num_batches_tracked=num_batches_tracked,
+            num_batches_tracked2=num_batches_tracked2,
+            folding=folding,
+        )
+    check_act(act)
+    folding = folding_asked(folding)
+    check_conv1x1(y, conv_weight)
+    check_conv1x1(y2, conv_weight2, "2")
+    both = (_Conv1x1(y, conv_weight, stride), _Conv1x1(y2, conv_weight2, stride2, "stride2"))
+    fits = both[0].fits and both[1].fits and both[0].matches(both[1].output())
+    if is_compiling():  # Dynamo refuses a Function that is given one tensor twice
+        parameters = zip((*first[1:], num_batches_tracked), (*second[1:], num_batches_tracked2), strict=True)
+        fits = fits and not any(b is not None and b is a for a, b in parameters)
+    ops = _folding_ops(folding, both, training is True and training2 is True, fits)
+    if ops is not None:
+        check_batch_norm(both[0].output(), *first[2:], training, momentum, eps, num_batches_tracked)
+        check_batch_norm(both[1].output(), *second[2:], training2, momentum2, eps2, num_batches_tracked2, suffix="2")
+        check_not_inference({"y": y, "conv_weight": conv_weight, "weight": weight, "bias": bias})
+        check_not_inference({"y2": y2, "conv_weight2": conv_weight2, "weight2": weight2, "bias2": bias2})
+        moments, moments2 = (c.moments(ops[0]) for c in both)
+        if _is_safe(both[0], moments, eps) and _is_safe(both[1], moments2, eps2):
+            norm = (moments, (running_mean, running_var, num_batches_tracked, momentum), eps, both[0].stride)
+            norm2 = (moments2, (running_mean2, running_var2, num_batches_tracked2, momentum2), eps2, both[1].stride)
+            config = (*norm, *norm2, act == "relu", ops[1:])
+            return _conv1x1_bn_add_conv1x1_bn_act(*both, weight, bias, weight2, bias2, config)
+    return batch_norm_add_batch_norm_act(
+        F.conv2d(both[0].y, conv_weight, None, stride),
+        *first[2:],
+        F.conv2d(both[1].y, conv_weight2, None, stride2),
+        *second[2:],
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        training2=training2,
+        momentum2=momentum2,
+        eps2=eps2,
+        act=act,
+        num_batches_tracked=num_batches_tracked,
+        num_batches_tracked2=num_batches_tracked2,
+    )
+
+
+class _Conv1x1:
+    """The operands of a 1x1 convolution as autocast would have them, but for the rounding of a float32 weight."""
+
+    __slots__ = ("conv_weight", "dtype", "fits", "stride", "y")
+
+    def __init__(self, y: Tensor, conv_weight: Tensor, stride: int | tuple[int, int], name: str = "stride") -> None:
+        rows, columns = pair(name, stride)
+        device = y.device.type
+        amp = torch.is_autocast_enabled(device) and y.dtype != torch.float64
+        self.y, self.conv_weight, self.stride = y, conv_weight, rows
+        self.dtype = torch.get_autocast_dtype(device) if amp else y.dtype
+        self.fits = (
+            rows == columns
+            and rows > 0
+            and conv_weight.numel() > 0
+            and conv_weight.device == y.device
+            and (conv_weight.dtype == self.dtype or (amp and conv_weight.dtype == torch.float32))
+        )
+
+    @property
+    def pixels(self) -> int:
+        return pixels(self.y, self.stride)
+
+    def output(self) -> Tensor:
+        """One value in the shape of what the convolution would write: for checks."""
+        n, _, h, w = self.y.shape
+        shape = (n, self.conv_weight.size(0), strided_size(h, self.stride), strided_size(w, self.stride))
+        return torch.empty((), dtype=self.dtype, device=self.y.device).expand(shape)
+
+    def matches(self, other: Tensor) -> bool:
+        """Whether ``other`` can be added to the output as it is."""
+        x = self.output()
+        return (
+            isinstance(other, Tensor)
+            and other.shape == x.shape
+            and other.dtype == x.dtype
+            and other.device == x.device
+            and other.layout == torch.strided
+        )
+
+    def moments(self, op: Any) -> Moments:
+        """Those of y, which is cast and in channels_last from now on, and of the output."""
+        self.y = self.y.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            mean, cov = op(self.y, self.stride)
+            return output_moments(self.conv_weight, mean, cov, self.pixels)
+
+
+def _float64_sums(device: str) -> bool:
+    """Whether what serves the moments adds products of float32 numbers up in float64."""
+    return registry.backend() == "reference" or (device == "cpu" and registry.backend() != "triton")
+
+
+def _is_blind(y: Tensor) -> bool:
+    """Whether the call cannot look at values: it becomes part of a graph, or there are none."""
+    if is_compiling() or isinstance(y, FakeTensor):
+        return True
+    return y.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _folding_ops(
+    folding: str, convolutions: tuple[_Conv1x1, ...], training: bool, fits: bool
+) -> tuple[Any, ...] | None:
+    """Who serves the four passes; None if the call is not folded."""
+    y, dtype = convolutions[0].y, convolutions[0].dtype
+    try:
+        ops = tuple(registry.serve(op, y) for op in CONV1X1_OPS)
+    except RuntimeError:  # a forced backend without these kernels serves what follows the convolution
+        ops = (None,)
+    safe_unseen = dtype == torch.float32 and _float64_sums(y.device.type)
+    traced = _is_traced() or (_is_blind(y) and not safe_unseen)
+    folds, _ = folding_choice(
+        folding,
+        dtype,
+        y.device.type,
+        [c.y.size(1) for c in convolutions],
+        min(c.pixels for c in convolutions) if fits else 0,
+        training=training,
+        traced=traced,
+        served=None not in ops,
+        channels_last=traced or all(is_channels_last(c.y) for c in convolutions),  # vmap cannot say
+        fits=fits,
+    )
+    return ops if folds else None
+
+
+def _is_safe(convolution: _Conv1x1, moments: Moments, eps: float) -> bool:
+    """Whether the statistics of the output are exact enough; looks at values where it can."""
+    y = convolution.y
+    if _is_blind(y):
+        return True
+    found = conditioning(convolution.conv_weight, moments, eps)
+    sums = _float64_sums(y.device.type)
+    return numerically_safe(found, y.dtype, convolution.conv_weight.dtype, float64_sums=sums)[0]
+
+
+def _wants_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _unwrapped(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Without the wrappers of transforms that have ended."""
+    return tuple(t if t is None else _unwrap_if_dead(t) for t in tensors)
+
+
+def _without_gradients(inputs: tuple[Input, ...], residual: Tensor | None, relu: bool, ops: tuple[Any, ...]) -> Tensor:
+    out, _, _ = folded_forward(inputs, residual, relu, False, ops[0])
+    for i in inputs:
+        update_running(*i.running, i.moments)
+    return out
+
+
+def _conv1x1_bn_act(
+    convolution: _Conv1x1, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, config: tuple[Any, ...]
+) -> Tensor:
+    """The folded op, or its Function where a gradient will be wanted; ``config`` as the Function has it."""
+    y, conv_weight = convolution.y, convolution.conv_weight
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    if not _wants_gradients(y, conv_weight, weight, bias, residual):
+        return _without_gradients((Input(y, conv_weight, weight, bias, *config[:4]),), residual, *config[4:])
+    if is_compiling():
+        residual = None if residual is None else _distinct(residual, y)
+        return Conv1x1BNActFunction.apply(y, conv_weight, weight, bias, residual, config)
+    _check_saved(y, weight, conv_weight)
+    return _APPLY_FOLDED(*_unwrapped(y, conv_weight, weight, bias, residual), config)
+
+
+def _conv1x1_bn_add_conv1x1_bn_act(
+    first: _Conv1x1,
+    second: _Conv1x1,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
+    config: tuple[Any, ...],
+) -> Tensor:
+    """The folded op, or its Function where a gradient will be wanted; ``config`` as the Function has it."""
+    of_first = (first.y, first.conv_weight, weight, bias)
+    of_second = (second.y, second.conv_weight, weight2, bias2)
+    if not _wants_gradients(*of_first, *of_second):
+        inputs = (Input(*of_first, *config[:4]), Input(*of_second, *config[4:8]))
+        return _without_gradients(inputs, None, *config[8:])
+    if is_compiling():
+        second_y = _distinct(second.y, first.y)
+        return Conv1x1BNAddConv1x1BNActFunction.apply(*of_first, second_y, *of_second[1:], config)
+    _check_saved(*of_first[:3])
+    _check_saved(*of_second[:3])
+    return _APPLY_FOLDED_PAIR(*_unwrapped(*of_first, *of_second), config)

@@ -43,6 +43,8 @@ _DTYPES = {
 
 LAYOUTS = ("contiguous", "channels_last", "strided", "transposed", "expanded", "channel_slice", "overlapping", "offset")
 DISTRIBUTIONS = ("normal", "large_mean", "tiny_variance", "constant", "saturated", "large", "mixed_scale")
+# hard for a variance that is computed from the moments of a convolution's input
+FOLDED_DISTRIBUTIONS = ("mean_10", "mean_100", "equal_3%", "equal_1%", "dead", "tiny_variance", "mixed_scale")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Case:
     distribution: str = "normal"
     training: bool = True
     residual: str | None = None  # layout of the residual; add_act always has one
-    affine: str = "both"  # both | weight | bias | none
+    affine: str = "both"  # both | weight | bias | none | zero: a weight of zeros, and a bias
     stats: bool = True
     momentum: float | None = 0.1  # None: cumulative average through num_batches_tracked
     eps: float = 1e-5
@@ -71,6 +73,7 @@ class Case:
         1,
         False,
     )  # channels, kernel, stride, padding, groups, bias
+    weights: str = "random"  # of a convolution: random | zero_sum, over the input channels
     amp: bool = False
     block: tuple[tuple[str, Any], ...] = ()  # constructor arguments of a block
 
@@ -89,6 +92,7 @@ class Case:
             "training2",
             "window",
             "conv",
+            "weights",
             "amp",
             "block",
         ):
@@ -101,6 +105,11 @@ class Case:
                 )
                 parts.append(f"{key}={text}")
         return ",".join(parts)
+
+    @property
+    def convolution(self) -> tuple[int, int, int, int, int, bool]:
+        """`conv`, with the kernel that a folded op has; of a pair the second convolution's."""
+        return (self.conv[0], 1, self.conv[2], 0, 1, False) if self.op in FOLDED else self.conv
 
     @property
     def x_dtype(self) -> torch.dtype:
@@ -168,8 +177,16 @@ def sample(distribution: str, shape: tuple[int, ...], dtype: torch.dtype, genera
         z = z * (1e2 if dtype is torch.float16 else 1e15)
     elif distribution == "mixed_scale":
         z = z * 10.0 ** (6 * channel - 3)
+    elif distribution in ("mean_10", "mean_100"):  # in standard deviations, one sign: what a ReLU lets through
+        z = z + float(distribution.removeprefix("mean_"))
+    elif distribution in ("equal_3%", "equal_1%"):  # channels that differ by so much
+        z = z[:, :1] + z * (0.03 if distribution == "equal_3%" else 0.01)
+    elif distribution == "dead":  # every fourth channel, after a ReLU
+        z = torch.where((torch.arange(shape[1]) % 4 == 0).view(1, -1, 1, 1), 0.0, z.relu())
     elif distribution != "normal":
-        raise ValueError(f"unknown distribution {distribution!r}; it is one of {', '.join(DISTRIBUTIONS)}")
+        raise ValueError(
+            f"unknown distribution {distribution!r}; it is one of {', '.join({*DISTRIBUTIONS, *FOLDED_DISTRIBUTIONS})}"
+        )
     return z.to(dtype)
 
 
@@ -202,9 +219,9 @@ def _affine(count: int, case: Case, generator: torch.Generator, tensors: dict[st
         0.5 + torch.rand(count, generator=generator)
     )  # away from zero: the winners are read from dx / weight
     bias = 0.5 * torch.randn(count, generator=generator)
-    if case.affine in ("both", "weight"):
-        tensors["weight" + suffix] = weight.to(case.param_dtype)
-    if case.affine in ("both", "bias"):
+    if case.affine in ("both", "weight", "zero"):
+        tensors["weight" + suffix] = (weight * (case.affine != "zero")).to(case.param_dtype)
+    if case.affine in ("both", "bias", "zero"):
         tensors["bias" + suffix] = bias.to(case.param_dtype)
 
 
@@ -234,6 +251,14 @@ def _running(
         tensors["num_batches_tracked" + suffix] = torch.tensor(3)
 
 
+def _conv_weight(case: Case, inputs: int, generator: torch.Generator) -> Tensor:
+    channels, kernel, _, _, groups, _ = case.convolution
+    weight = torch.randn((channels, inputs // groups, kernel, kernel), generator=generator, dtype=torch.float64)
+    if case.weights == "zero_sum":
+        weight = weight - weight.mean(1, keepdim=True)
+    return (weight / math.sqrt(weight[0].numel())).to(case.x_dtype)
+
+
 def make_inputs(case: Case) -> dict[str, Tensor]:
     """Fresh tensors on the CPU, the same at every call."""
     g = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
@@ -242,12 +267,13 @@ def make_inputs(case: Case) -> dict[str, Tensor]:
         tensors["residual"] = lay_out(sample("normal", case.shape, case.x_dtype, g), case.residual or case.layout)
         return tensors
     shape = case.shape
-    if case.op == "conv_bn_act":
-        channels, kernel, stride, padding, groups, bias = case.conv
-        weight = torch.randn((channels, shape[1] // groups, kernel, kernel), generator=g, dtype=torch.float64)
-        tensors["conv_weight"] = (weight / math.sqrt(weight[0].numel())).to(case.x_dtype)
+    if case.op in CONVOLUTIONS:
+        channels, kernel, stride, padding, _, bias = case.convolution
+        tensors["conv_weight"] = _conv_weight(case, shape[1], g)
         if bias:
             tensors["conv_bias"] = torch.randn(channels, generator=g).to(case.x_dtype)
+        if case.op == PAIR_1X1:
+            stride = 1
         height, width = ((size + 2 * padding - kernel) // stride + 1 for size in shape[2:])
         shape = (shape[0], channels, height, width)
         _running(torch.randn((2, channels, 3, 3), generator=g), case, g, tensors, training=case.training)
@@ -258,6 +284,12 @@ def make_inputs(case: Case) -> dict[str, Tensor]:
         tensors["x2"] = lay_out(sample(case.distribution, case.shape, case.x_dtype, g), case.residual or case.layout)
         training = case.training if case.training2 is None else case.training2
         _running(tensors["x2"], case, g, tensors, "2", training)
+        _affine(shape[1], case, g, tensors, "2")
+    elif case.op == PAIR_1X1:  # the second convolution has the stride, and more channels
+        stride, more = case.conv[2], case.shape[1] + 3
+        x2 = sample(case.distribution, (shape[0], more, stride * shape[2], stride * shape[3]), case.x_dtype, g)
+        tensors["x2"], tensors["conv_weight2"] = lay_out(x2, case.residual or case.layout), _conv_weight(case, more, g)
+        _running(torch.randn((2, shape[1], 3, 3), generator=g), case, g, tensors, "2", case.training)
         _affine(shape[1], case, g, tensors, "2")
     elif case.residual:
         tensors["residual"] = lay_out(sample("normal", shape, case.x_dtype, g), case.residual)
@@ -303,6 +335,14 @@ def ours(case: Case, t: dict[str, Tensor]) -> Tensor:
     if case.op == "batch_norm_act_max_pool":
         keys = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
         return F.batch_norm_act_max_pool(t["x"], *bn, **dict(zip(keys, case.window, strict=True)), **options)
+    if case.op == "conv1x1_bn_act":
+        fold = {"stride": case.conv[2], "folding": "always"}
+        return F.conv1x1_bn_act(t["x"], t["conv_weight"], *bn, t.get("residual"), **fold, **options)
+    if case.op == PAIR_1X1:
+        bn2 = [t.get(name) for name in ("running_mean2", "running_var2", "weight2", "bias2")]
+        second = (t["x2"], t["conv_weight2"], *bn2)
+        fold = {"stride2": case.conv[2], "training2": case.training2, "folding": "always"}
+        return F.conv1x1_bn_add_conv1x1_bn_act(t["x"], t["conv_weight"], *bn, *second, **fold, **options)
     if case.op == "conv_bn_act":
         _, _, stride, padding, groups, _ = case.conv
         conv = {"conv_bias": t.get("conv_bias"), "stride": stride, "padding": padding, "groups": groups}
@@ -353,10 +393,13 @@ def pre_activation(case: Case, t: dict[str, Tensor], batch_norm: Callable[..., T
     x = t["x"]
     if case.op == "add_act":
         return x + t["residual"]
-    if case.op == "conv_bn_act":
-        _, _, stride, padding, groups, _ = case.conv
-        x = nn.functional.conv2d(x, t["conv_weight"], t.get("conv_bias"), stride, padding, 1, groups)
+    if case.op in CONVOLUTIONS:
+        _, _, stride, padding, groups, _ = case.convolution
+        of_first = 1 if case.op == PAIR_1X1 else stride
+        x = nn.functional.conv2d(x, t["conv_weight"], t.get("conv_bias"), of_first, padding, 1, groups)
     z = batch_norm(case, t, x)
+    if case.op == PAIR_1X1:
+        return z + batch_norm(case, t, nn.functional.conv2d(t["x2"], t["conv_weight2"], None, stride), "2")
     if case.op == "batch_norm_add_batch_norm_act":
         return z + batch_norm(case, t, t["x2"], "2")
     return z + t["residual"] if "residual" in t else z
@@ -369,7 +412,10 @@ def eager(case: Case, t: dict[str, Tensor]) -> Tensor:
     return nn.functional.max_pool2d(y, *case.window) if case.op == "batch_norm_act_max_pool" else y
 
 
-OPS = ("batch_norm_act", "batch_norm_add_batch_norm_act", "batch_norm_act_max_pool", "add_act", "conv_bn_act")
+PAIR_1X1 = "conv1x1_bn_add_conv1x1_bn_act"
+FOLDED = ("conv1x1_bn_act", PAIR_1X1)
+CONVOLUTIONS = ("conv_bn_act", *FOLDED)
+OPS = ("batch_norm_act", "batch_norm_add_batch_norm_act", "batch_norm_act_max_pool", "add_act", *CONVOLUTIONS)
 BLOCKS = ("BasicBlock", "Bottleneck", "PreActBasicBlock", "PreActBottleneck")
 
 
@@ -892,6 +938,14 @@ def _op_cases(op: str) -> list[Case]:
             (12, 1, 2, 0, 4, False),
             (16, 3, 2, 1, 4, True),
         ]
+    elif op in CONVOLUTIONS:
+        factors["shape"] = [(4, 16, 8, 8), (3, 3, 7, 5), (7, 65, 9, 7), (1, 16, 12, 12), (2, 12, 2, 1)]
+        factors["layout"] = ["channels_last", "contiguous", "strided"]
+        factors["distribution"] = ["normal", *FOLDED_DISTRIBUTIONS]
+        factors["affine"] = [*factors["affine"], "zero"]
+        factors["residual"] = [None, "contiguous", "channels_last"]
+        factors["conv"] = [(8, 1, 1, 0, 1, False), (33, 1, 2, 0, 1, False)]
+        factors["weights"] = ["random", "zero_sum"]
     return [Case(op, **row) for row in pairwise(factors, _valid)]
 
 
@@ -899,6 +953,8 @@ def _extreme_cases(op: str) -> list[Case]:
     """Tensors of less than a vector, and of many tiles: sums are merged, threads share the work, stores may stream."""
     if op == "conv_bn_act":
         return []
+    if op in CONVOLUTIONS:
+        return _folded_cases(op)
     table = []
     for shape, layout in itertools.product([(2, 13, 2, 3), (3, 1, 2, 2)], LAYOUTS[:2]):
         table += [Case(op, shape=shape, layout=layout, distribution=d) for d in ("large_mean", "tiny_variance")]
@@ -909,6 +965,23 @@ def _extreme_cases(op: str) -> list[Case]:
             table.append(Case(op, shape=shape, dtype=dtype, layout=layout, distribution=distribution))
             if op == "batch_norm_act":
                 table.append(replace(table[-1], residual=layout))
+    return table
+
+
+def _folded_cases(op: str) -> list[Case]:
+    """Every distribution at sizes where luck plays no part in the errors."""
+    table = []
+    for (shape, channels), dtype in itertools.product(
+        [((4, 64, 14, 14), 256), ((2, 16, 32, 32), 64)], ("f32", "bf16", "f16")
+    ):
+        case = Case(op, shape=shape, dtype=dtype, layout="channels_last", conv=(channels, 1, 2, 0, 1, False))
+        if op == "conv1x1_bn_act":
+            case = replace(case, conv=(channels, 1, 1, 0, 1, False), residual="channels_last")
+        table += [replace(case, distribution=d) for d in ("normal", *FOLDED_DISTRIBUTIONS)]
+        table += [
+            replace(case, distribution=d, weights="zero_sum") for d in ("normal", "mean_10", "equal_3%", "equal_1%")
+        ]
+        table.append(replace(case, affine="zero"))
     return table
 
 

@@ -179,6 +179,21 @@ def pair(name: str, value: Any) -> tuple[int, int]:
     return values[0], values[1]
 
 
+def check_conv1x1(y: Any, conv_weight: Any, suffix: str = "") -> None:
+    """Check the operands of a 1x1 convolution, as far as ``torch.conv2d`` does not; ``suffix`` as above."""
+    y_name, weight_name = f"y{suffix}", f"conv_weight{suffix}"
+    for name, value in ((y_name, y), (weight_name, conv_weight)):
+        check_tensor(name, value)
+        check_floating(name, value)
+        if value.dim() != 4:
+            raise RuntimeError(f"{name} must have 4 dimensions, but got shape {tuple(value.shape)}")
+    if conv_weight.size(2) != 1 or conv_weight.size(3) != 1 or conv_weight.size(1) != y.size(1):
+        raise RuntimeError(
+            f"{weight_name} must be (K, C, 1, 1) with the {y.size(1)} channels of {y_name}, "
+            f"but got shape {tuple(conv_weight.shape)}"
+        )
+
+
 def pooled_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
     """Output size of one dimension of a pooling, as ``torch.nn.MaxPool2d`` defines it."""
     span = size + 2 * padding - dilation * (kernel - 1) - 1

@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def why_not(backend: str, op: str) -> str | None:
     """Why a backend does not serve an op on the device under test."""
-    if op in verification.BLOCKS or op == "conv_bn_act":
+    if op in verification.BLOCKS or op in verification.CONVOLUTIONS:
         op = "batch_norm_act"
     return None if backend == "reference" else registry.OPS[op].why_not(backend)
 

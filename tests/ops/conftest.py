@@ -103,8 +103,18 @@ CALLS = [
         "conv-eval-residual",
         _case("conv_bn_act", shape=(2, 4, 5, 4), training=False, residual="contiguous", conv=(8, 3, 2, 1, 2, True)),
     ),
+    Call("fold-train", _case("conv1x1_bn_act", layout="channels_last")),
+    Call("fold-train-residual", _case("conv1x1_bn_act", layout="channels_last", residual="channels_last")),
+    Call("fold-train-strided-noact", _case("conv1x1_bn_act", conv=(5, 1, 2, 0, 1, False), act=None)),
+    Call("fold-train-noaffine", _case("conv1x1_bn_act", affine="none", stats=False, residual="contiguous")),
+    Call("fold-train-zero", _case("conv1x1_bn_act", affine="zero", momentum=None)),
+    Call("fold-eval", _case("conv1x1_bn_act", training=False)),
+    Call("fold2-train", _case("conv1x1_bn_add_conv1x1_bn_act", layout="channels_last", conv=(6, 1, 2, 0, 1, False))),
+    Call("fold2-train-noact", _case("conv1x1_bn_add_conv1x1_bn_act", act=None, affine="weight")),
+    Call("fold2-mixed", _case("conv1x1_bn_add_conv1x1_bn_act", training2=False)),
 ]
 MAIN_CALLS = ("bn-train", "bn-eval", "bn-train-residual", "bn2-train", "pool-train", "add", "conv-train")
+MAIN_CALLS += ("fold-train-residual", "fold2-train")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

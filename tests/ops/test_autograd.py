@@ -369,4 +369,6 @@ def test_every_call_has_cases() -> None:
         "batch_norm_act_max_pool",
         "add_act",
         "conv_bn_act",
+        "conv1x1_bn_act",
+        "conv1x1_bn_add_conv1x1_bn_act",
     } == from_table

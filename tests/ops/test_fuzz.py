@@ -68,7 +68,7 @@ def _valid(case: Case) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f16", "f64", "all-bf16", "all-f16"])
 @pytest.mark.parametrize("distribution", verification.DISTRIBUTIONS)
-@pytest.mark.parametrize("op", [op for op in verification.OPS if op != "conv_bn_act"])
+@pytest.mark.parametrize("op", [op for op in verification.OPS if op not in verification.CONVOLUTIONS])
 def test_fuzz(op, distribution, dtype, kernel) -> None:
     rng = random.Random(f"{os.environ.get('FUSEDRES_FUZZ_SEED', '0')} {op} {distribution} {dtype}")
     cases: list[Case] = []

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fusedres
 from fusedres import verification
-from fusedres.ops import batch_norm_sync
+from fusedres.ops import batch_norm_sync, conv1x1_bn_act
 
 
 def _registered() -> set[str]:
@@ -59,7 +59,7 @@ def test_opcheck(call, backend, record_ops) -> None:
         torch.library.opcheck(op, args, kwargs)
     if (
         backend in ("reference", "cpu")
-        and call.case.op != "conv_bn_act"
+        and call.case.op not in verification.CONVOLUTIONS
         and not (call.case.op == "add_act" and not call.case.act)
     ):
         assert inputs, "no raw op was called"
@@ -88,6 +88,14 @@ def test_every_raw_op_is_exercised(record_ops) -> None:
             sums, _, _ = reduce(x, x, None, None, stats, None, True, False)
             finish(x, x, None, None, stats, None, sums, True, True, False)
         reached |= {func.__name__.split(".")[0] for func, *_ in record.calls if func.namespace == "fusedres"}
+    with record_ops() as record:  # which not every library has
+        y, weight = torch.randn(2, 4, 3, 3).contiguous(memory_format=torch.channels_last), torch.randn(5, 4)
+        ops = [getattr(torch.ops.fusedres, op.name) for op in conv1x1_bn_act.OPS]
+        ops[0](y, 1)
+        out, mask = ops[1](y, weight, weight[:, 0].clone(), 1, None, None, 1, None, True, True)
+        ops[2](out, mask, y, 1, None, 1, True, True)
+        ops[3](out, mask, y, weight, weight[:4], weight[0], 1, None, None, None, None, 1, True, False)
+    reached |= {func.__name__.split(".")[0] for func, *_ in record.calls if func.namespace == "fusedres"}
     missing = _registered() - reached
     if available["cpu"] is not None:
         missing = {n for n in missing if n.endswith("_reference")}

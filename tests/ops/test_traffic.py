@@ -19,6 +19,12 @@ from fusedres.ops.batch_norm_act_max_pool import (
     batch_norm_act_max_pool_backward_traffic,
     batch_norm_act_max_pool_traffic,
 )
+from fusedres.ops.conv1x1_bn_act import (
+    conv1x1_bn_act_apply_traffic,
+    conv1x1_bn_act_backward_apply_traffic,
+    conv1x1_bn_act_backward_reduce_traffic,
+    conv1x1_moments_traffic,
+)
 
 SHAPES = [(4, 64, 8, 8), (2, 3, 5, 7), (1, 1, 1, 1), (0, 6, 4, 4), (256, 256, 56, 56)]
 NORM = [
@@ -137,6 +143,38 @@ def test_windows_that_leave_pixels_out():
     found = batch_norm_act_max_pool_traffic((2, 8, 9, 9), torch.float32, window=window)
     assert found.launches[-1].loads - 5 * 32 == 2 * 8 * 25 * 4
     assert found.launches[-1].stores == 2 * 8 * 25 * 4
+
+
+def test_folded_by_hand():
+    """y of 2*3*5*7 bfloat16 values at stride 2, 24 pixels, to four channels; y2 of five channels."""
+    y, y2, out, mask = 24 * 3 * 2, 24 * 5 * 2, 24 * 4 * 2, 12
+    first, second = {"stride": 2}, {"stride": 2, "shape2": (2, 5, 3, 4)}
+    args = ((2, 3, 5, 7), 4, torch.bfloat16)
+    assert launches(conv1x1_moments_traffic(args[0], args[2], stride=2)) == {"moments": (y, 8 * (3 + 9))}
+    weight, weight2, shift = 2 * 4 * 3, 2 * 4 * 5, 4 * 4
+    assert launches(conv1x1_bn_act_apply_traffic(*args, **first, residual=True)) == {
+        "apply": (y + weight + shift + out, out + mask)
+    }
+    assert launches(conv1x1_bn_act_apply_traffic(*args, **second, save_mask=False)) == {
+        "apply": (y + weight + y2 + weight2 + shift, out)
+    }
+    assert launches(conv1x1_bn_act_backward_reduce_traffic(*args, **first, need_g=True)) == {
+        "reduce": (out + mask + y, out + 8 * (4 + 4 * 3))
+    }
+    assert launches(conv1x1_bn_act_backward_reduce_traffic(*args, **second, relu=False)) == {
+        "reduce": (out + y + y2, 8 * (4 + 4 * 3 + 4 * 5))
+    }
+    sums = conv1x1_bn_act_backward_reduce_traffic(*args, **second, need_products=False)
+    assert launches(sums) == {"reduce": (out + mask, 8 * 4)}
+    matrices, matrices2 = weight + 2 * 9 + 4 * 3, weight2 + 2 * 25 + 4 * 5
+    assert launches(conv1x1_bn_act_backward_apply_traffic(*args, **first)) == {
+        "apply": (out + mask + y + matrices, 2 * 3 * 5 * 7 * 2)
+    }
+    both = conv1x1_bn_act_backward_apply_traffic(*args, **second, need_dx2=True)
+    assert launches(both) == {"apply": (out + mask + y + matrices + y2 + matrices2, (210 + 120) * 2)}
+    assert both.floor == both.total
+    with pytest.raises(ValueError, match="stride must be positive"):
+        conv1x1_moments_traffic(args[0], args[2], stride=0)
 
 
 def test_two_calls_add_up():

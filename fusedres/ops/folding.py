@@ -1,0 +1,148 @@
+"""Whether a 1x1 convolution and its batch norm run as one GEMM in training, and in words why not.
+
+Two questions, both answered per call and the same way for the same call. :func:`folding_choice`: is it a call that can
+be folded, and under "auto" one that gains by it? :func:`numerically_safe`: would the result be as exact as eager's?
+The second needs the moments of the input, and is asked before anything is updated.
+
+``FUSEDRES_FOLDING`` = auto | always | never is what the argument "auto" stands for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+FOLDINGS = ("auto", "always", "never")
+
+# The cost model of "auto" on a CPU: the most input channels for which folding has not lost to the convolution and the
+# fused batch norm. The GEMM itself is as large either way; what folding adds, the moments and two products per pixel of
+# C x C, grows with C, while the passes over the output that it saves do not.
+_MOST_CHANNELS_ON_CPU = {torch.float32: 64, torch.bfloat16: 64}
+
+# Fewer pixels for each channel, and the small matrices cost as much as the passes over the pixels.
+_PIXELS_PER_CHANNEL = 4
+
+# The largest `Conditioning` with which the errors stay below twice eager's.
+# cancellation: the relative error of var is about 2^-24 times as large, or 2^-53 times where the sums are float64, as
+# those of float32 are on a CPU. Beyond 2^40 eager's float32 has no digits left either.
+_MOST_CANCELLATION = {
+    torch.float32: 2.0**6,
+    torch.bfloat16: 2.0**15,
+    torch.float16: 2.0**12,
+    torch.float64: 2.0**16,
+}
+_MOST_CANCELLATION_OF_FLOAT64_SUMS = 2.0**40
+# rounding: measured, 2^4 to 1.4 times eager's error, 2^5 to 2.4, 2^10 to 13. Eager rounds a float32 weight to 16 bits
+# too, and nearly as much is lost by that. float32 itself loses more in eager's sums.
+_MOST_ROUNDING = 2.0**4
+_MOST_ROUNDING_OF_WIDE_WEIGHTS = 2.0**8
+# spread, of float16: half of its smallest number, times the root of this, is what dy loses in M~ for a dout near one.
+_MOST_SPREAD = 2.0**24
+
+
+class Conditioning(NamedTuple):
+    """How much larger terms are than what they add up to.
+
+    Attributes:
+        cancellation: max over k of ``sum_c w_kc^2 E[y_c^2] / (var_k + eps)``: what errors of the moments meet.
+        rounding: the same with the variance of ``y_c`` for ``E[y_c^2]``: what rounding of the folded weight meets.
+        spread: ``sum_c E[y_c^2]`` over the mean of ``sum_k (w_kc rstd_k)^2``: what underflow of ``M~`` meets.
+    """
+
+    cancellation: float
+    rounding: float
+    spread: float
+
+
+def _checked(folding: object, source: str) -> str:
+    if folding not in FOLDINGS:
+        raise ValueError(f"{source} must be one of {', '.join(FOLDINGS)}, but got {folding!r}")
+    return str(folding)
+
+
+_default = _checked(os.environ.get("FUSEDRES_FOLDING") or "auto", "FUSEDRES_FOLDING")
+
+
+def folding_asked(folding: str) -> str:
+    """The argument, or for "auto" the environment's word.
+
+    Raises:
+        ValueError: neither of the three words.
+    """
+    return _default if _checked(folding, "folding") == "auto" else folding
+
+
+def folding_choice(
+    folding: str,
+    dtype: torch.dtype,
+    device: str,
+    channels: Sequence[int],
+    pixels: int,
+    *,
+    training: bool = True,
+    traced: bool = False,
+    served: bool = True,
+    channels_last: bool = True,
+    fits: bool = True,
+) -> tuple[bool, str]:
+    """Whether a call folds, as far as its arguments tell; and the reason, in words.
+
+    Args:
+        folding: as :func:`folding_asked` gave it.
+        dtype, device: of y as the convolution sees it; "cpu", "cuda", ...
+        channels: input channels of the convolution, or of both.
+        pixels: that the convolution writes, per channel.
+        training: every norm uses the statistics of the batch.
+        traced: something records or transforms the call, so that it must see plain operators.
+        served: there are kernels for the device.
+        channels_last: y is, or both are.
+        fits: dtypes, shapes and strides are those of one GEMM.
+    """
+    most = max(channels)
+    if folding == "never":
+        return False, 'folding is "never"'
+    if not training:
+        return False, "evaluation has nothing to fold in training"
+    if traced:
+        return False, "the call is traced or transformed"
+    if not fits:
+        return False, "dtypes, shapes or strides are not those of one GEMM"
+    if not served:
+        return False, f"no kernels on {device}"
+    if pixels < _PIXELS_PER_CHANNEL * most:
+        return False, f"{pixels} pixels are fewer than {_PIXELS_PER_CHANNEL} for each of {most} channels"
+    if folding == "always":
+        return True, 'folding is "always"'
+    if not channels_last:
+        return False, "y is not channels_last"
+    if device != "cpu":
+        return False, f"nothing has been measured on {device}"
+    limit = _MOST_CHANNELS_ON_CPU.get(dtype, 0)
+    if most > limit:
+        return False, f"{most} channels of {dtype}, and folding gains up to {limit}"
+    return True, f"{most} channels of {dtype}, and folding gains up to {limit}"
+
+
+def numerically_safe(
+    conditioning: Conditioning, dtype: torch.dtype, weight_dtype: torch.dtype, *, float64_sums: bool
+) -> tuple[bool, str]:
+    """Whether folding is as exact as the convolution and its batch norm; where NaN is about, it is left to them.
+
+    Args:
+        dtype, weight_dtype: of y and of the convolution's weight. float64_sums: whether float32 is summed in float64.
+    """
+    limits = {"cancellation": _MOST_CANCELLATION[dtype]}
+    if float64_sums and dtype == torch.float32:
+        limits["cancellation"] = _MOST_CANCELLATION_OF_FLOAT64_SUMS
+    if dtype.itemsize == 2:
+        limits["rounding"] = _MOST_ROUNDING if weight_dtype == dtype else _MOST_ROUNDING_OF_WIDE_WEIGHTS
+    if dtype == torch.float16:
+        limits["spread"] = _MOST_SPREAD
+    for name, limit in limits.items():
+        value = getattr(conditioning, name)
+        if not value <= limit:
+            return False, f"{name} of {value:.3g} is above {limit:.3g}, the limit for {dtype}"
+    return True, "exact enough"
