@@ -16,7 +16,7 @@ namespace fusedres::cpu {
 namespace {
 
 template <class T, class M>
-void widen(const T* row, int64_t width, void* elements) {
+void widen(const T* row, int64_t width, [[maybe_unused]] const typename ScalarOf<T>::type* shift, void* elements) {
   if constexpr (M::kRows == 2) {
     auto* to = static_cast<T*>(elements);
     std::memcpy(to, row, width * sizeof(T));
@@ -25,7 +25,8 @@ void widen(const T* row, int64_t width, void* elements) {
     auto* to = static_cast<typename M::Element*>(elements);
     for (int64_t c = 0; c < width; c += kLanes) {
       const int n = static_cast<int>(width - c < kLanes ? width - c : kLanes);
-      store_n(to + c, load_n(row + c, n), n);
+      const auto v = load_n(row + c, n);
+      store_n(to + c, shift ? v - load_n(shift + c, n) : v, n);
     }
   }
 }
@@ -64,6 +65,10 @@ FUSEDRES_INLINE void multiply_rows(const MultiplyArgs<T>& a, int64_t row, int64_
     }
   }
   const Element* rows[kHeight];
+  if (a.steps2) {  // first, for in the backward it is the smaller part: fewer digits are lost
+    for (int u = 0; u < kHeight; ++u) rows[u] = static_cast<const Element*>(a.a2[row + u]);
+    multiply_tile<M>(rows, 1, panel + a.steps1 * kPanelColumns<M>, a.steps2, sums);
+  }
   for (int u = 0; u < kHeight; ++u) rows[u] = static_cast<const Element*>(a.a1[row + u]);
   if (c0 == 0 && row + 2 * kHeight <= a.count) {
     constexpr int64_t kLine = 64 / sizeof(Element);
@@ -74,10 +79,6 @@ FUSEDRES_INLINE void multiply_rows(const MultiplyArgs<T>& a, int64_t row, int64_
     });
   } else {
     multiply_tile<M>(rows, 1, panel, a.steps1, sums);
-  }
-  if (a.steps2) {
-    for (int u = 0; u < kHeight; ++u) rows[u] = static_cast<const Element*>(a.a2[row + u]);
-    multiply_tile<M>(rows, 1, panel + a.steps1 * kPanelColumns<M>, a.steps2, sums);
   }
 #pragma GCC unroll 8
   for (int u = 0; u < kHeight; ++u) {
@@ -266,6 +267,26 @@ struct Split {
   }
 };
 
+// About what the rows are summed, or null: the mean of a few of them, as a float has it, so that a large mean costs no
+// digits. 16-bit operands are never shifted, for that would round them.
+template <class T>
+const typename ScalarOf<T>::type* shift_of(const T* y, const Pixels& pixels, Scratch& scratch) {
+  if constexpr (sizeof(T) < 4) return nullptr;
+  const int64_t channels = pixels.channels(), count = pixels.count(), samples = std::min<int64_t>(count, 8);
+  auto* const shift = scratch.take<typename ScalarOf<T>::type>(channels);
+  std::fill(shift, shift + channels, 0);
+  if constexpr (sizeof(T) >= 4) {
+    for (int64_t k = 0; k < samples; ++k) {
+      const T* row = y + pixels.at(k * count / samples);
+      for (int64_t c = 0; c < channels; ++c) shift[c] += row[c] / static_cast<T>(samples);
+    }
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    if (!std::isfinite(shift[c])) shift[c] = 0;
+  }
+  return shift;
+}
+
 std::tuple<Tensor, Tensor> conv1x1_moments_cpu(Tensor y, int64_t stride) {
   const Pixels pixels("y", y, stride);
   const int64_t channels = pixels.channels(), count = pixels.count(), width = padded(channels);
@@ -279,22 +300,7 @@ std::tuple<Tensor, Tensor> conv1x1_moments_cpu(Tensor y, int64_t stride) {
     const int64_t part_size = (channels + 1) * width;  // products, then sums
     Scratch& scratch = Scratch::with(sizeof(double) * (split.parts * part_size + width));
     double* const parts = scratch.take<double>(split.parts * part_size);
-    double* const shift = scratch.take<double>(width);
-    // Doubles are summed about the mean of a few pixels; 16-bit operands are never shifted, for that would round them.
-    const bool shifted = shape.element_size == sizeof(double);
-    std::fill(shift, shift + width, 0.0);
-    if (shifted) {
-      const int64_t samples = std::min<int64_t>(count, 8);
-      for (int64_t k = 0; k < samples; ++k) {
-        const T* row = first + pixels.at(k * count / samples);
-        if constexpr (sizeof(T) >= 4) {
-          for (int64_t c = 0; c < channels; ++c) shift[c] += static_cast<double>(row[c]) / static_cast<double>(samples);
-        }
-      }
-      for (int64_t c = 0; c < channels; ++c) {
-        if (!std::isfinite(shift[c])) shift[c] = 0.0;
-      }
-    }
+    const auto* const shift = shift_of(first, pixels, scratch);
     for_each_task(split.parts, count * channels, [&](int64_t part) {
       const int64_t steps = shape.steps(kMomentsRows);
       const int64_t panels_bytes = panel_bytes(shape, channels, steps);
@@ -308,8 +314,7 @@ std::tuple<Tensor, Tensor> conv1x1_moments_cpu(Tensor y, int64_t stride) {
         const int64_t size = std::min(kMomentsRows, end - row);
         point_at<T>(first, pixels, row, size, rows);
         const int64_t used = shape.steps(size);
-        kernels.pack_moments(
-            {rows, size, channels, panels, used, 0, shifted ? shift : nullptr, nullptr, nullptr, false});
+        kernels.pack_moments({rows, size, channels, panels, used, 0, shift, nullptr, nullptr, false});
         kernels.moments(
             {panels, channels, panels, channels, used, true, products, products + channels * width, nullptr, 0});
       }
@@ -320,7 +325,9 @@ std::tuple<Tensor, Tensor> conv1x1_moments_cpu(Tensor y, int64_t stride) {
     const double n = static_cast<double>(count);
     double* const sums = parts + channels * width;
     double* const to = data<double>(cov);
-    for (int64_t i = 0; i < channels; ++i) data<double>(mean)[i] = shift[i] + sums[i] / n;
+    for (int64_t i = 0; i < channels; ++i) {
+      data<double>(mean)[i] = (shift ? static_cast<double>(shift[i]) : 0.0) + sums[i] / n;
+    }
     for (int64_t i = 0; i < channels; ++i) {
       for (int64_t j = i; j < channels; ++j) {
         to[i * channels + j] = to[j * channels + i] = parts[i * width + j] - sums[i] * (sums[j] / n);
@@ -347,8 +354,9 @@ void reduce_products(
   const int64_t channels = y ? pixels.channels() : 0, count = pixels.count(), width = padded(outputs);
   const Split split(count, kReduceRows, (channels + 1) * width);
   const int64_t part_size = (channels + 1) * width;
-  double* const parts =
-      Scratch::with(sizeof(double) * split.parts * part_size).template take<double>(split.parts * part_size);
+  Scratch& scratch = Scratch::with(sizeof(double) * (split.parts * part_size + channels));
+  double* const parts = scratch.take<double>(split.parts * part_size);
+  const auto* const shift = y ? shift_of(y, pixels, scratch) : nullptr;
   for_each_task(split.parts, count * outputs, [&](int64_t part) {
     const int64_t steps = shape.steps(kReduceRows);
     const int64_t bytes_y = panel_bytes(shape, channels, steps), bytes_g = panel_bytes(shape, outputs, steps);
@@ -386,7 +394,7 @@ void reduce_products(
            stream});
       if (y) {
         point_at<T>(y, pixels, row, size, rows);
-        kernels.pack({rows, size, channels, panels_y, used, 0, nullptr, nullptr, nullptr, false});
+        kernels.pack({rows, size, channels, panels_y, used, 0, shift, nullptr, nullptr, false});
       }
       const int64_t next = std::min(row + kReduceRows, end), next_size = std::min(kReduceRows, end - next);
       kernels.products(
@@ -397,7 +405,7 @@ void reduce_products(
            used,
            false,
            to,
-           sum_g ? to + channels * width : nullptr,
+           to + channels * width,
            g + next * outputs,
            next_size * outputs * static_cast<int64_t>(sizeof(T))});
     }
@@ -405,9 +413,12 @@ void reduce_products(
   for (int64_t part = 1; part < split.parts; ++part) {
     for (int64_t i = 0; i < part_size; ++i) parts[i] += parts[part * part_size + i];
   }
-  if (sum_g) std::copy(parts + channels * width, parts + channels * width + outputs, sum_g);
+  const double* const sums = parts + channels * width;
+  if (sum_g) std::copy(sums, sums + outputs, sum_g);
   for (int64_t k = 0; k < outputs; ++k) {
-    for (int64_t c = 0; c < channels; ++c) products[k * channels + c] = parts[c * width + k];
+    for (int64_t c = 0; c < channels; ++c) {
+      products[k * channels + c] = parts[c * width + k] + (shift ? static_cast<double>(shift[c]) * sums[k] : 0.0);
+    }
   }
 }
 
@@ -471,6 +482,7 @@ struct Source {
   const Pixels* pixels = nullptr;
   const uint16_t* mask = nullptr;
   int64_t width = 0;
+  const typename ScalarOf<T>::type* shift = nullptr;  // subtracted from every row
 };
 
 // Scratch that multiply_all takes for panels of `steps` steps.
@@ -541,9 +553,9 @@ void multiply_all(
         for (int64_t r = 0; r < size; ++r) {
           const T* from = source.mask ? masked[s] + r * source.width : source.data + source.pixels->at(row + r);
           operands[s][r] = from;
-          if (!kernels.direct || source.width % shape.rows) {
+          if (!kernels.direct || source.width % shape.rows || source.shift) {
             operands[s][r] = widened[s] + r * row_bytes[s];
-            kernels.widen(from, source.width, widened[s] + r * row_bytes[s]);
+            kernels.widen(from, source.width, source.shift, widened[s] + r * row_bytes[s]);
           }
         }
       }
@@ -620,7 +632,8 @@ std::tuple<Tensor, Tensor> conv1x1_bn_act_apply_cpu(
       }
     }
     const Source<T> sources[2] = {
-        {data<T>(y), &pixels, nullptr, channels}, {data<T>(y2), &pixels2, nullptr, y2 ? channels2 : 0}};
+        {data<T>(y), &pixels, nullptr, channels, nullptr},
+        {data<T>(y2), &pixels2, nullptr, y2 ? channels2 : 0, nullptr}};
     using S = typename ScalarOf<T>::type;
     multiply_all<T>(
         sources,
@@ -663,16 +676,26 @@ Tensor input_gradient(
     const PanelShape& shape = conv1x1_kernels<T>().shape;
     Scratch& scratch = Scratch::with(
         product_bytes(shape, channels, shape.steps(outputs) + shape.steps(channels)) +
-        (outputs + channels) * sizeof(T*));
+        (outputs + channels) * sizeof(T*) + 2 * channels * sizeof(double));
+    using S = typename ScalarOf<T>::type;
     const T** const rows = scratch.take<const T*>(outputs);
     const T** const rows2 = scratch.take<const T*>(channels);
     for (int64_t k = 0; k < outputs; ++k) rows[k] = data<T>(folded) + k * channels;
     for (int64_t c = 0; c < channels; ++c) rows2[c] = data<T>(mixing) + c * channels;
+    // y mixing and offset nearly cancel where the mean is large: y mixing = (y - shift) mixing + shift mixing
+    const S* const shift = shift_of(data<T>(y), pixels, scratch);
+    S* const rest = scratch.take<S>(channels);
+    for (int64_t j = 0; j < channels; ++j) {
+      double sum = data<S>(offset)[j];
+      if constexpr (sizeof(T) >= 4) {
+        for (int64_t c = 0; c < channels; ++c) sum += static_cast<double>(shift[c]) * static_cast<double>(rows2[c][j]);
+      }
+      rest[j] = static_cast<S>(sum);
+    }
     const Source<T> sources[2] = {
-        {data<T>(dy), &gradient, data<uint16_t>(mask), outputs}, {data<T>(y), &pixels, nullptr, channels}};
-    using S = typename ScalarOf<T>::type;
-    multiply_all<T>(
-        sources, rows, rows2, data<S>(offset), channels, data<T>(dx), pixels, nullptr, nullptr, false, scratch);
+        {data<T>(dy), &gradient, data<uint16_t>(mask), outputs, nullptr},
+        {data<T>(y), &pixels, nullptr, channels, shift}};
+    multiply_all<T>(sources, rows, rows2, rest, channels, data<T>(dx), pixels, nullptr, nullptr, false, scratch);
   });
   return dx;
 }

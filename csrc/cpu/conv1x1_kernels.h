@@ -27,13 +27,14 @@ struct PanelShape {
 // Rows of a matrix, wherever they are, to panels; missing columns and rows become zero.
 template <class T>
 struct PackArgs {
+  using S = typename ScalarOf<T>::type;
   const T* const* rows;
   int64_t count;
   int64_t width;
   void* panels;
   int64_t panel_steps;  // steps that a panel has in all
   int64_t first_step;   // where these rows begin
-  const double* shift;  // (width) or null: subtracted, by the kernels that pack to double
+  const S* shift;       // (width) or null: subtracted; never of 16-bit rows, for that would round them
   // Or null: only what the mask keeps is packed and, past the caches if `stream`, written to g. The mask and g are
   // those of the first row, rows are adjacent, and width is a multiple of kLanes.
   const uint16_t* mask;
@@ -77,8 +78,8 @@ template <class T>
 struct Conv1x1Kernels {
   PanelShape shape;  // of all but moments
   bool direct;       // rows of an even number of T can be read as elements, without packing
-  // Rows to rows of elements, padded to whole steps.
-  void (*widen)(const T* row, int64_t width, void* elements);
+  // Rows to rows of elements, padded to whole steps; less the shift if there is one.
+  void (*widen)(const T* row, int64_t width, const typename ScalarOf<T>::type* shift, void* elements);
   void (*pack)(const PackArgs<T>&);
   void (*multiply)(const MultiplyArgs<T>&);
   void (*products)(const ProductsArgs&);

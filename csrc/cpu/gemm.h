@@ -12,7 +12,8 @@ struct Floats {
   using Element = float;
   using Vec = F32;
   static constexpr Element kOne = 1;
-  static constexpr int kRows = 1;  // of the matrix in one element
+  static constexpr int64_t kChain = 32;  // products summed one after another: roundings grow with them
+  static constexpr int kRows = 1;        // of the matrix in one element
 #if defined(FUSEDRES_VEC_AVX512)
   static constexpr int kHeight = 6, kVectors = 4;
 #elif defined(FUSEDRES_VEC_AVX2)
@@ -29,6 +30,7 @@ struct Doubles {
   using Element = double;
   using Vec = F64;
   static constexpr Element kOne = 1;
+  static constexpr int64_t kChain = INT64_MAX;
   static constexpr int kRows = 1;
 #if defined(FUSEDRES_VEC_AVX512)
   static constexpr int kHeight = 6, kVectors = 2;
@@ -58,6 +60,7 @@ struct Pairs {
   using Element = uint32_t;
   using Vec = F32;
   static constexpr Element kOne = 0x3f803f80;
+  static constexpr int64_t kChain = INT64_MAX;
   static constexpr int kRows = 2;
   static constexpr int kHeight = 6, kVectors = 4;
   struct Panel {
@@ -137,13 +140,14 @@ FUSEDRES_INLINE auto pack_load(const PackArgs<T>& a, int64_t r, int64_t c, int n
 
 template <bool kMasked, class T>
 FUSEDRES_INLINE void pack_vector(float* to, const PackArgs<T>& a, int64_t r, int64_t c, int n) {
-  store(to, pack_load<kMasked>(a, r, c, n));
+  const auto v = pack_load<kMasked>(a, r, c, n);
+  store(to, a.shift ? v - load_n(a.shift + c, n) : v);
 }
 
 template <bool kMasked, class T>
 FUSEDRES_INLINE void pack_vector(double* to, const PackArgs<T>& a, int64_t r, int64_t c, int n) {
   const F64 v = to_double(pack_load<kMasked>(a, r, c, n));
-  store(to, a.shift ? v - load_n(a.shift + c, n) : v);
+  store(to, a.shift ? v - to_double(load_n(a.shift + c, n)) : v);
 }
 
 #if defined(FUSEDRES_VEC_AVX512)
@@ -238,23 +242,30 @@ FUSEDRES_INLINE void products_tile(
     const int64_t i = i0 + u;
     columns[u] = left + i / kPanelColumns<M> * a.steps * kPanelColumns<M> + i % kPanelColumns<M>;
   }
-  typename M::Vec sums[kHeight][kVectors];
-#pragma GCC unroll 8
-  for (auto& row : sums) {
-#pragma GCC unroll 8
-    for (auto& sum : row) sum = M::zero();
-  }
+  typename M::Vec sums[kHeight][kVectors], total[kHeight][kVectors] = {};
   const char* const last = static_cast<const char*>(a.next) + a.next_bytes;
-  multiply_tile<M>(columns, kPanelColumns<M>, right, a.steps, sums, [&](int64_t s) {
-    if (s % 2) return;
-    __builtin_prefetch(next);
-    next = next < last ? next + 64 : last;
-  });
+  for (int64_t s0 = 0; s0 < a.steps; s0 += M::kChain) {
+#pragma GCC unroll 8
+    for (auto& row : sums) {
+#pragma GCC unroll 8
+      for (auto& sum : row) sum = M::zero();
+    }
+    const int64_t steps = a.steps - s0 < M::kChain ? a.steps - s0 : M::kChain;
+    multiply_tile<M>(columns, kPanelColumns<M>, right + s0 * kPanelColumns<M>, steps, sums, [&](int64_t s) {
+      if (s % 2) return;
+      __builtin_prefetch(next);
+      next = next < last ? next + 64 : last;
+    });
+    for (int u = 0; u < kHeight; ++u) {
+      columns[u] += steps * kPanelColumns<M>;
+      for (int v = 0; v < kVectors; ++v) total[u][v] = total[u][v] + sums[u][v];
+    }
+  }
 #pragma GCC unroll 8
   for (int u = 0; u < kHeight; ++u) {
     double* p = a.products + (i0 + u) * width + c0;
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) store(p + v * kLanes, load(p + v * kLanes) + to_double(sums[u][v]));
+    for (int v = 0; v < kVectors; ++v) store(p + v * kLanes, load(p + v * kLanes) + to_double(total[u][v]));
   }
 }
 
@@ -276,14 +287,18 @@ void products(const ProductsArgs& a) {
       }
       for (; i < left_width; ++i) products_tile<M, 1, kVectors>(a, right, c0, i, width, next);
       if (!a.sums) return;
-      typename M::Vec sums[1][kVectors];
-      for (auto& sum : sums[0]) sum = M::zero();
+      constexpr int64_t kSumChain = 16;  // eager's sums are nearly exact
       const Element one[] = {M::kOne};
-      const Element* const ones_only[1] = {one};
-      multiply_tile<M>(ones_only, 0, right, a.steps, sums);
-      for (int v = 0; v < kVectors; ++v) {
-        double* p = a.sums + c0 + v * kLanes;
-        store(p, load(p) + to_double(sums[0][v]));
+      const Element* const ones[1] = {one};
+      for (int64_t s = 0; s < a.steps; s += kSumChain) {
+        typename M::Vec sums[1][kVectors];
+        for (auto& sum : sums[0]) sum = M::zero();
+        const int64_t steps = a.steps - s < kSumChain ? a.steps - s : kSumChain;
+        multiply_tile<M>(ones, 0, right + s * kColumns, steps, sums);
+        for (int v = 0; v < kVectors; ++v) {
+          double* p = a.sums + c0 + v * kLanes;
+          store(p, load(p) + to_double(sums[0][v]));
+        }
       }
     });
   }
