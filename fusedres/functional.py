@@ -1036,7 +1036,6 @@ class _Conv1x1:
             rows == columns
             and rows > 0
             and conv_weight.numel() > 0
-            and conv_weight.device == y.device
             and (conv_weight.dtype == self.dtype or (amp and conv_weight.dtype == torch.float32))
         )
 
