@@ -231,8 +231,8 @@ def test_zero_padded_shortcut_keeps_channels_last():
 
 @pytest.mark.parametrize("kwargs", [{}, {"preact": True}], ids=str)
 def test_loss_curve_is_as_close_to_float64_as_eager_s(kwargs):
-    """In the lower quartile of eight starts: in a quarter of them, eager's too, an activation rounds to the other side of
-    zero, and the curves part there."""
+    """In the lower quartile of eight starts: in a quarter of them, eager's too, an activation rounds to the other side
+    of zero, and the curves part there."""
 
     def curve(network, x, target):
         optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
