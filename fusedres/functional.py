@@ -76,9 +76,9 @@ __all__ = [
 # channels_last tensor and of a contiguous one, without a residual and with one, for forward and backward together.
 _SMALL_TRAINING = ((4 * 1024, 10 * 1024), (0, 4 * 1024))
 _SMALL_EVALUATION = ((12 * 1024, 24 * 1024), (4 * 1024, 12 * 1024))
-_SMALL_POOL_TRAINING, _SMALL_POOL_EVALUATION = 24 * 1024, 12 * 1024  # of a contiguous tensor only
+_SMALL_POOL = 24 * 1024  # of a contiguous tensor only
 _SMALL_ADD = 8 * 1024  # of any dtype
-_SMALL_WIDE_ADD = 64 * 1024  # of more than 16 bits, on a CPU
+_SMALL_WIDE_ADD = 256 * 1024  # of more than 16 bits, on a CPU: from its caches ATen's two passes are as fast as one
 _WINDOW = ("kernel_size", "stride", "padding", "dilation")
 _MOST_TAPS = 255  # elements of a pooling window that the native kernels can number
 
@@ -613,7 +613,7 @@ def batch_norm_act_max_pool(
     try:
         if _is_plain(x, act) and (ceil_mode is True or ceil_mode is False):
             if (
-                x.numel() < (_SMALL_POOL_TRAINING if training else _SMALL_POOL_EVALUATION)
+                x.numel() < _SMALL_POOL
                 and not x.is_contiguous(memory_format=torch.channels_last)
                 and not registry.forced()
                 and _pools(*window, *x.shape)
@@ -1036,7 +1036,6 @@ class _Conv1x1:
             rows == columns
             and rows > 0
             and conv_weight.numel() > 0
-            and conv_weight.device == y.device
             and (conv_weight.dtype == self.dtype or (amp and conv_weight.dtype == torch.float32))
         )
 

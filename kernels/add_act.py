@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .common import round_to
 
-BLOCK = 2048  # elements per program: two (16 bit) or four (32 bit) 16-byte accesses per thread and tensor
+BLOCK = 4096  # elements per program: per thread and tensor at least two 16-byte accesses, also in waves of 64 threads
 WARPS = 4
 
 

@@ -192,6 +192,8 @@ def check_conv1x1(y: Any, conv_weight: Any, suffix: str = "") -> None:
             f"{weight_name} must be (K, C, 1, 1) with the {y.size(1)} channels of {y_name}, "
             f"but got shape {tuple(conv_weight.shape)}"
         )
+    if conv_weight.device != y.device:
+        raise RuntimeError(f"{weight_name} must be on the device of {y_name}, {y.device}, but got {conv_weight.device}")
 
 
 def pooled_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:

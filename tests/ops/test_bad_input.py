@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -18,10 +18,16 @@ import fusedres
 from fusedres import functional as F
 
 NAN = float("nan")
+FOLD = "conv1x1_bn_act"
+FOLD2 = "conv1x1_bn_add_conv1x1_bn_act"
 
 
 def _x(*shape: int) -> Tensor:
     return torch.randn(shape or (2, 5, 6, 7), generator=torch.Generator().manual_seed(0))
+
+
+def _image(*shape: int) -> Tensor:
+    return _x(*shape).contiguous(memory_format=torch.channels_last)
 
 
 def _norm(suffix: str = "", channels: int = 5) -> dict[str, Any]:
@@ -37,6 +43,14 @@ def _base(op: str) -> dict[str, Any]:
     """Valid arguments of an op, as keywords."""
     if op == "add_act":
         return {"x": _x(), "residual": _x(), "act": "relu"}
+    if op in (FOLD, FOLD2):
+        arguments = {k: v for k, v in _base("batch_norm_act").items() if k != "x"}
+        arguments |= {"y": _image(), "conv_weight": _x(5, 5, 1, 1), "stride": 1, "folding": "always"}
+        if op == FOLD2:
+            del arguments["residual"]
+            second = {"y2": _image(2, 6, 12, 14), "conv_weight2": _x(5, 6, 1, 1), "stride2": 2}
+            arguments |= {**second, **_norm("2"), "num_batches_tracked2": torch.tensor(9)}
+        return arguments
     arguments: dict[str, Any] = {"x": _x(), **_norm(), "training": True, "momentum": 0.1, "eps": 1e-5, "act": "relu"}
     arguments["num_batches_tracked"] = torch.tensor(7)
     if op == "batch_norm_act":
@@ -69,6 +83,11 @@ def _eager_norm(a: dict[str, Any], x: Tensor, suffix: str = "") -> Tensor:
 
 
 def _eager(op: str, a: dict[str, Any]) -> Tensor:
+    if op in (FOLD, FOLD2):
+        y = _eager_norm(a, nn.functional.conv2d(a["y"], a["conv_weight"], None, a["stride"]))
+        if op == FOLD2:
+            y = y + _eager_norm(a, nn.functional.conv2d(a["y2"], a["conv_weight2"], None, a["stride2"]), "2")
+        return torch.relu(y if a.get("residual") is None else y + a["residual"])
     x = a["x"]
     if op == "conv_bn_act":
         x = nn.functional.conv2d(
@@ -183,12 +202,14 @@ def _number_rows(op: str) -> list[Bad]:
         one = {"x": _x(1, 5, 3, 3), "padding": 0}
     if op == "batch_norm_act_max_pool":
         one |= {"kernel_size": 1, "padding": 0}
+    if op in (FOLD, FOLD2):
+        one = {"y": _image(1, 5, 1, 1)} | ({"y2": _image(1, 6, 2, 2)} if op == FOLD2 else {})
     return [
         Bad(op, {"eps": 0.0}, ValueError, ("eps", "0.0", "positive")),
         Bad(op, {"eps": -1.0}, ValueError, ("eps", "-1.0", "positive")),
         Bad(op, {"eps": -1e-5, "training": False}, ValueError, ("eps", "-1e-05", "negative")),
         Bad(op, {"eps": "small"}, TypeError, ("eps", "str", "float")),
-        Bad(op, {"eps": None}, TypeError, ("eps", "None", "float"), eager=op != "batch_norm_add_batch_norm_act"),
+        Bad(op, {"eps": None}, TypeError, ("eps", "None", "float"), eager=op not in (TWO, FOLD2)),
         Bad(op, {"momentum": "fast"}, TypeError, ("momentum", "str", "float")),
         Bad(op, {"momentum": 1j}, TypeError, ("momentum", "complex", "float")),
         Bad(op, {"momentum": None, "num_batches_tracked": None}, TypeError, ("momentum", "None", "float")),
@@ -207,6 +228,38 @@ def _residual_rows(op: str) -> list[Bad]:
         Bad(op, {"residual": "x"}, TypeError, ("residual", "str", "Tensor")),
         Bad(op, {"residual": torch.ones(2, 5, 6, 7, device="meta")}, RuntimeError, ("residual", "meta", "cpu")),
         Bad(op, {"residual": _x() + 0j}, NotImplementedError, ("residual", "complex")),
+    ]
+
+
+def _folded_rows(op: str, suffix: str = "") -> list[Bad]:
+    """The operands of a 1x1 convolution."""
+    y, weight, stride = f"y{suffix}", f"conv_weight{suffix}", f"stride{suffix}"
+    channels = 6 if suffix else 5
+    shape = (2, 6, 12, 14) if suffix else (2, 5, 6, 7)
+    rows = [replace(row, eager=False) for row in _dtype_rows(op, y) + _dtype_rows(op, weight)]
+    return [
+        *rows,
+        Bad(op, {y: [1.0, 2.0]}, TypeError, (y, "list", "Tensor"), eager=False),
+        Bad(op, {y: None}, TypeError, (y, "None", "Tensor"), eager=False),
+        Bad(op, {y: _x(*shape[1:])}, RuntimeError, (y, "4 dimensions", str(shape[1:])), eager=False),
+        Bad(op, {y: _image(2, 4, 6, 7)}, RuntimeError, (weight, y, f"5, {channels}, 1, 1", "4 channels")),
+        Bad(op, {y: _image(*shape).double()}, RuntimeError, ()),
+        Bad(op, {y: _image(*shape).to("meta")}, RuntimeError, ("meta", "cpu")),
+        Bad(op, {weight: [1.0]}, TypeError, (weight, "list", "Tensor")),
+        Bad(op, {weight: None}, TypeError, (weight, "None", "Tensor")),
+        Bad(op, {weight: _x(5, channels, 3, 3)}, RuntimeError, (weight, f"5, {channels}, 3, 3", "1, 1")),
+        Bad(op, {weight: _x(5, channels, 1, 2)}, RuntimeError, (weight, f"5, {channels}, 1, 2", "1, 1")),
+        Bad(op, {weight: _x(5, channels)}, RuntimeError, (weight, f"5, {channels}", "4 dimensions")),
+        Bad(op, {weight: _x(5, 3, 1, 1)}, RuntimeError, (weight, "5, 3, 1, 1", f"{channels} channels")),  # groups
+        Bad(op, {weight: _x(6, channels, 1, 1)}, RuntimeError, ("6", "5")),
+        Bad(op, {weight: _x(5, channels, 1, 1).double()}, RuntimeError, ()),
+        Bad(op, {weight: _x(5, channels, 1, 1).bfloat16()}, RuntimeError, ()),
+        Bad(op, {weight: _x(5, channels, 1, 1).to("meta")}, RuntimeError, (weight, "meta", "cpu")),
+        Bad(op, {stride: 0}, RuntimeError, ("stride",)),
+        Bad(op, {stride: -1}, RuntimeError, ("stride",)),
+        Bad(op, {stride: "a"}, TypeError, (stride, "'a'", "int")),
+        Bad(op, {stride: 1.0}, TypeError, (stride, "1.0", "int")),
+        Bad(op, {stride: (1, 1, 1)}, RuntimeError, (stride, "1, 1, 1")),
     ]
 
 
@@ -305,6 +358,24 @@ ROWS = [
     Bad(CONV, {"groups": 2}, RuntimeError, ("groups",)),
     Bad(CONV, {"groups": "a"}, TypeError, ("groups",)),
     Bad(CONV, {"conv_weight": _x(5, 5, 9, 9)}, RuntimeError, ("9",)),
+    # folded, nothing has moved when the second of a pair is refused
+    *_folded_rows(FOLD),
+    *_number_rows(FOLD),
+    *_batch_norm_rows(FOLD),
+    *_residual_rows(FOLD),
+    *_folded_rows(FOLD2),
+    *_folded_rows(FOLD2, "2"),
+    *_number_rows(FOLD2),
+    *_batch_norm_rows(FOLD2),
+    *_batch_norm_rows(FOLD2, "2"),
+    Bad(FOLD2, {"stride2": 1}, RuntimeError, ()),
+    Bad(FOLD2, {"eps2": 0.0}, ValueError, ("eps", "0.0", "positive")),
+    Bad(FOLD2, {"eps2": "a"}, TypeError, ("eps2", "str", "float")),
+    Bad(FOLD2, {"momentum2": "a"}, TypeError, ("momentum2", "str", "float")),
+    Bad(FOLD2, {"momentum2": None, "num_batches_tracked2": None}, TypeError, ("momentum2", "None", "float")),
+    Bad(FOLD2, {"training2": "a"}, TypeError, ("training2", "str", "bool")),
+    *(Bad(op, {"act": act}, ValueError, ("act", "relu")) for op in (FOLD, FOLD2) for act in ("gelu", True, "")),
+    *(Bad(op, {"folding": f}, ValueError, ("folding", "auto")) for op in (FOLD, FOLD2) for f in ("yes", True, None)),
 ]
 
 
@@ -325,7 +396,7 @@ def _clone(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_base_calls_are_valid() -> None:
-    for op in ("batch_norm_act", TWO, POOL, "add_act", CONV):
+    for op in ("batch_norm_act", TWO, POOL, "add_act", CONV, FOLD, FOLD2):
         _ours(op, _base(op))
         _eager(op, _base(op))
 
@@ -502,7 +573,7 @@ def test_conv_module_leaves_statistics_alone(backend) -> None:
 
 
 def test_unknown_keyword_and_missing_arguments() -> None:
-    for op in ("batch_norm_act", TWO, POOL, "add_act", CONV):
+    for op in ("batch_norm_act", TWO, POOL, "add_act", CONV, FOLD, FOLD2):
         with pytest.raises(TypeError, match="nonsense"):
             getattr(F, op)(**_base(op), nonsense=1)
         with pytest.raises(TypeError, match="missing"):
