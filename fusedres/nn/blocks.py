@@ -12,7 +12,7 @@ from collections.abc import Callable
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .norm import has_hooks, norm_act, norm_add_norm_act
+from .norm import conv_norm_act, conv_norm_add_conv_norm_act, has_hooks, norm_act
 
 __all__ = ["BasicBlock", "Bottleneck", "PreActBasicBlock", "PreActBottleneck"]
 
@@ -38,16 +38,21 @@ def _is_projection(downsample: nn.Module, x: Tensor) -> bool:
     )
 
 
-def _norm_add_shortcut_act(
-    norm: nn.Module, y: Tensor, downsample: nn.Module | None, x: Tensor, act: nn.Module
+def _conv_norm_add_shortcut_act(
+    conv: nn.Module,
+    norm: nn.Module,
+    y: Tensor,
+    downsample: nn.Module | None,
+    x: Tensor,
+    act: nn.Module,
+    folding: str,
 ) -> Tensor:
-    """``act(norm(y) + downsample(x))``, the end of a block: one op also if the shortcut ends in a norm of its own."""
+    """``act(norm(conv(y)) + downsample(x))``, the end of a block: one op also if the shortcut ends in a norm."""
     if downsample is None:
-        return norm_act(norm, y, x, act)
+        return conv_norm_act(conv, norm, y, x, act, folding)
     if _is_projection(downsample, x):
-        conv, norm2 = downsample
-        return norm_add_norm_act(norm, y, norm2, conv(x), act)
-    return norm_act(norm, y, downsample(x), act)
+        return conv_norm_add_conv_norm_act(conv, norm, y, *downsample, x, act, folding)
+    return conv_norm_act(conv, norm, y, downsample(x), act, folding)
 
 
 def _check_basic(block: type[nn.Module], groups: int, base_width: int, dilation: int) -> None:
@@ -71,6 +76,10 @@ class BasicBlock(nn.Module):
         groups, base_width, dilation: must be 1, 64 and 1.
         norm_layer: makes a norm from a number of channels; ``nn.BatchNorm2d`` by default.
 
+    Attributes:
+        folding: ``"auto"``, ``"always"`` or ``"never"``: whether a 1x1 convolution and its norm are, in training, one
+            GEMM whose intermediate result is never written (``functional.conv1x1_bn_act``). Set it on an instance.
+
     Shape:
         ``(N, inplanes, H, W)`` to ``(N, planes, ceil(H / stride), ceil(W / stride))``.
 
@@ -80,6 +89,7 @@ class BasicBlock(nn.Module):
     """
 
     expansion: int = 1
+    folding: str = "auto"
 
     def __init__(
         self,
@@ -106,8 +116,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = norm_act(self.bn1, self.conv1(x), act=self.relu)
-        y = self.conv2(y)
-        return _norm_add_shortcut_act(self.bn2, y, self.downsample, x, self.relu)
+        return _conv_norm_add_shortcut_act(self.conv2, self.bn2, y, self.downsample, x, self.relu, self.folding)
 
 
 class Bottleneck(nn.Module):
@@ -125,11 +134,16 @@ class Bottleneck(nn.Module):
         dilation: of the 3x3 convolution.
         norm_layer: makes a norm from a number of channels; ``nn.BatchNorm2d`` by default.
 
+    Attributes:
+        folding: ``"auto"``, ``"always"`` or ``"never"``: whether a 1x1 convolution and its norm are, in training, one
+            GEMM whose intermediate result is never written (``functional.conv1x1_bn_act``). Set it on an instance.
+
     Shape:
         ``(N, inplanes, H, W)`` to ``(N, 4 * planes, ceil(H / stride), ceil(W / stride))``.
     """
 
     expansion: int = 4
+    folding: str = "auto"
 
     def __init__(
         self,
@@ -159,8 +173,7 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = norm_act(self.bn1, self.conv1(x), act=self.relu)
         y = norm_act(self.bn2, self.conv2(y), act=self.relu)
-        y = self.conv3(y)
-        return _norm_add_shortcut_act(self.bn3, y, self.downsample, x, self.relu)
+        return _conv_norm_add_shortcut_act(self.conv3, self.bn3, y, self.downsample, x, self.relu, self.folding)
 
 
 class PreActBasicBlock(nn.Module):

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.checks import check_act
-from .norm import norm_act
+from .norm import conv_norm_act
 
 __all__ = ["ConvBNAct2d"]
 
 
 class ConvBNAct2d(nn.Module):
     """``act(bn(conv(x)) + residual)``: the library's convolution, then one op for all the rest.
+
+    A 1x1 convolution in training can be one GEMM with all of it; see ``folding``.
 
     The children are torch's own, ``conv`` (``nn.Conv2d``), ``bn`` (``nn.BatchNorm2d``), ``act`` (``nn.ReLU`` or None),
     so ``nn.SyncBatchNorm.convert_sync_batchnorm`` and weight surgery work as they do for the three written out. A child
@@ -25,6 +27,10 @@ class ConvBNAct2d(nn.Module):
         eps, momentum, affine, track_running_stats: as ``nn.BatchNorm2d``.
         device, dtype: of the parameters and buffers of both children.
 
+    Attributes:
+        folding: ``"auto"``, ``"always"`` or ``"never"``: whether a 1x1 convolution and its norm are, in training, one
+            GEMM whose intermediate result is never written (``functional.conv1x1_bn_act``). Set it on an instance.
+
     Shape:
         ``x`` is ``(N, in_channels, H, W)``, the output ``(N, out_channels, H', W')`` as of the convolution;
         ``residual``, if given, has the output's shape.
@@ -32,6 +38,8 @@ class ConvBNAct2d(nn.Module):
     Raises:
         ValueError: ``act`` is neither ``"relu"`` nor ``None``, or as ``nn.Conv2d``.
     """
+
+    folding: str = "auto"
 
     def __init__(
         self,
@@ -72,4 +80,4 @@ class ConvBNAct2d(nn.Module):
         self.act = nn.ReLU(inplace=True) if act == "relu" else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return norm_act(self.bn, self.conv(x), residual, self.act)
+        return conv_norm_act(self.conv, self.bn, x, residual, self.act, self.folding)

@@ -194,6 +194,82 @@ def norm_add_norm_act(norm: nn.Module, x: Tensor, norm2: nn.Module, x2: Tensor, 
     return norm_act(norm, x, norm2(x2), act)
 
 
+def _is_foldable(conv: nn.Module, norm: nn.Module) -> bool:
+    """Whether ``norm(conv(y))`` may be one op at this call: a plain 1x1 convolution, a batch's own statistics."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.kernel_size == (1, 1)
+        and conv.bias is None
+        and conv.groups == 1
+        and conv.padding in ((0, 0), "valid", "same")
+        and norm.training
+        and not has_hooks(conv)
+        and is_fusable(norm)
+    )
+
+
+def conv_norm_act(
+    conv: nn.Module,
+    norm: nn.Module,
+    y: Tensor,
+    residual: Tensor | None = None,
+    act: nn.Module | None = None,
+    folding: str = "auto",
+) -> Tensor:
+    """``act(norm(conv(y)) + residual)``: in training one GEMM where a 1x1 convolution folds, else :func:`norm_act`.
+
+    Args:
+        folding: as in ``functional.conv1x1_bn_act``.
+    """
+    if folding != "never" and _is_foldable(conv, norm) and (act is None or is_plain_relu(act)) and _may_fuse(y):
+        positional, keywords = _statistics(norm)
+        return fused.conv1x1_bn_act(
+            y,
+            conv.weight,
+            *positional,
+            residual,
+            **keywords,
+            stride=conv.stride,
+            act=None if act is None else "relu",
+            folding=folding,
+        )
+    return norm_act(norm, conv(y), residual, act)
+
+
+def conv_norm_add_conv_norm_act(
+    conv: nn.Module,
+    norm: nn.Module,
+    y: Tensor,
+    conv2: nn.Module,
+    norm2: nn.Module,
+    y2: Tensor,
+    act: nn.Module | None = None,
+    folding: str = "auto",
+) -> Tensor:
+    """``act(norm(conv(y)) + norm2(conv2(y2)))``, as :func:`conv_norm_act`; where one of them folds, it alone does."""
+    if folding != "never" and (act is None or is_plain_relu(act)) and _may_fuse(y) and _is_foldable(conv2, norm2):
+        if _is_foldable(conv, norm):
+            positional, first = _statistics(norm)
+            positional2, second = _statistics(norm2)
+            return fused.conv1x1_bn_add_conv1x1_bn_act(
+                y,
+                conv.weight,
+                *positional,
+                y2,
+                conv2.weight,
+                *positional2,
+                **first,
+                **{f"{name}2": value for name, value in second.items()},
+                stride=conv.stride,
+                stride2=conv2.stride,
+                act=None if act is None else "relu",
+                folding=folding,
+            )
+        if folding == "always":
+            return norm_act(norm, conv(y), conv_norm_act(conv2, norm2, y2, folding=folding), act)
+    return norm_add_norm_act(norm, conv(y), norm2, conv2(y2), act)
+
+
 def norm_act_max_pool(norm: nn.Module, x: Tensor, pool: nn.Module, act: nn.Module | None = None) -> Tensor:
     """``pool(act(norm(x)))``: one fused op where the modules allow it, else the modules' own forwards."""
     fusable = type(pool) is nn.MaxPool2d and not pool.return_indices and not has_hooks(pool)

@@ -500,7 +500,9 @@ def _gradients(
     dys: list[Tensor] = []
     if passes:
         other = passes[1] if len(passes) == 2 else (None, None, None, None, 1)
-        dys = list(apply(dy, mask, *passes[0], *other, True, len(passes) == 2))
+        # g, once written, is as small as dy and needs no mask
+        source = (g, None) if need_g else (dy, mask)
+        dys = list(apply(*source, *passes[0], *other, True, len(passes) == 2))
     of_wanted = iter(unfolded)
     results: list[tuple[Tensor | None, ...]] = []
     for b in branches:
