@@ -889,12 +889,13 @@ def conv1x1_bn_act(
     folding = folding_asked(folding)
     check_conv1x1(y, conv_weight)
     convolution = _Conv1x1(y, conv_weight, stride)
-    fits = convolution.fits and (residual is None or convolution.matches(residual))
+    fits = convolution.fits and _can_move(running_mean, running_var, num_batches_tracked)
+    fits = fits and (residual is None or convolution.matches(residual))
     ops = _folding_ops(folding, (convolution,), training is True, fits)
     if ops is not None:
         x = convolution.output()
         check_batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
-        check_not_inference({"y": y, "conv_weight": conv_weight, "weight": weight, "bias": bias, "residual": residual})
+        check_not_inference({"y": y, "conv_weight": conv_weight, "weight": weight, "bias": bias})
         moments = convolution.moments(ops[0])
         if _is_safe(convolution, moments, eps):
             running = (running_mean, running_var, num_batches_tracked, momentum)
@@ -989,6 +990,7 @@ def conv1x1_bn_add_conv1x1_bn_act(
     check_conv1x1(y2, conv_weight2, "2")
     both = (_Conv1x1(y, conv_weight, stride), _Conv1x1(y2, conv_weight2, stride2, "stride2"))
     fits = both[0].fits and both[1].fits and both[0].matches(both[1].output())
+    fits = fits and _can_move(*first[2:4], num_batches_tracked, *second[2:4], num_batches_tracked2)
     if is_compiling():  # Dynamo refuses a Function that is given one tensor twice
         parameters = zip((*first[1:], num_batches_tracked), (*second[1:], num_batches_tracked2), strict=True)
         fits = fits and not any(b is not None and b is a for a, b in parameters)
@@ -1019,6 +1021,16 @@ def conv1x1_bn_add_conv1x1_bn_act(
         num_batches_tracked=num_batches_tracked,
         num_batches_tracked2=num_batches_tracked2,
     )
+
+
+def _can_move(*statistics: Tensor | None) -> bool:
+    """Whether every one can be written by ATen, so that writing one does not fail after another was written."""
+    for t in statistics:
+        if t is not None and (not isinstance(t, Tensor) or 0 in t.stride()):
+            return False
+        if t is not None and not is_compiling() and t.is_inference() and not torch.is_inference_mode_enabled():
+            return False
+    return True
 
 
 class _Conv1x1:
