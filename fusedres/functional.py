@@ -1101,14 +1101,15 @@ def _folding_ops(
         ops = tuple(registry.serve(op, y) for op in CONV1X1_OPS)
     except RuntimeError:  # a forced backend without these kernels serves what follows the convolution
         ops = (None,)
-    safe_unseen = dtype == torch.float32 and _float64_sums(y.device.type)
-    traced = _is_traced() or (_is_blind(y) and not safe_unseen)
+    traced = _is_traced() or _is_blind(y)  # what cannot look at the moments cannot judge them
     folds, _ = folding_choice(
         folding,
         dtype,
         y.device.type,
         [c.y.size(1) for c in convolutions],
+        convolutions[0].conv_weight.size(0),
         min(c.pixels for c in convolutions) if fits else 0,
+        image=convolutions[0].pixels // max(1, y.size(0)) if fits else 0,
         training=training,
         traced=traced,
         served=None not in ops,

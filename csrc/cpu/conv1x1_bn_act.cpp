@@ -8,6 +8,7 @@
 
 #if defined(FUSEDRES_ISA)
 
+#include <algorithm>
 #include <type_traits>
 
 #include "gemm.h"
@@ -46,6 +47,8 @@ FUSEDRES_INLINE void put_vectors(T* to, const V (&values)[kVectors], int64_t col
   }
 }
 
+constexpr int64_t kInnerChain = 256;
+
 template <class T, class M, int kHeight, int kVectors, bool kRelu, bool kFull, bool kStream>
 FUSEDRES_INLINE void multiply_rows(const MultiplyArgs<T>& a, int64_t row, int64_t c0) {
   using Element = typename M::Element;
@@ -70,15 +73,37 @@ FUSEDRES_INLINE void multiply_rows(const MultiplyArgs<T>& a, int64_t row, int64_
     multiply_tile<M>(rows, 1, panel + a.steps1 * kPanelColumns<M>, a.steps2, sums);
   }
   for (int u = 0; u < kHeight; ++u) rows[u] = static_cast<const Element*>(a.a1[row + u]);
-  if (c0 == 0 && row + 2 * kHeight <= a.count) {
-    constexpr int64_t kLine = 64 / sizeof(Element);
-    multiply_tile<M>(rows, 1, panel, a.steps1, sums, [&](int64_t s) {
-      if (s % kLine) return;
+  const bool has_next = c0 == 0 && row + 2 * kHeight <= a.count;
+  Vec total[kHeight][kVectors] = {};
+  for (int64_t first = 0; first < a.steps1; first += kInnerChain) {
+    const int64_t steps = std::min(kInnerChain, a.steps1 - first);
+    if (first) {  // a chain of all the products would round too often
+      for (int u = 0; u < kHeight; ++u) {
+        for (int v = 0; v < kVectors; ++v) {
+          total[u][v] = total[u][v] + sums[u][v];
+          sums[u][v] = M::zero();
+        }
+      }
+    }
+    const Element* const b = panel + first * kPanelColumns<M>;
+    if (has_next) {
+      constexpr int64_t kLine = 64 / sizeof(Element);
+      multiply_tile<M>(rows, 1, b, steps, sums, [&](int64_t s) {
+        if (s % kLine) return;
 #pragma GCC unroll 8
-      for (int u = 0; u < kHeight; ++u) __builtin_prefetch(static_cast<const Element*>(a.a1[row + kHeight + u]) + s);
-    });
-  } else {
-    multiply_tile<M>(rows, 1, panel, a.steps1, sums);
+        for (int u = 0; u < kHeight; ++u) {
+          __builtin_prefetch(static_cast<const Element*>(a.a1[row + kHeight + u]) + first + s);
+        }
+      });
+    } else {
+      multiply_tile<M>(rows, 1, b, steps, sums);
+    }
+    for (int u = 0; u < kHeight; ++u) rows[u] += steps;
+  }
+  if (a.steps1 > kInnerChain) {
+    for (int u = 0; u < kHeight; ++u) {
+      for (int v = 0; v < kVectors; ++v) sums[u][v] = total[u][v] + sums[u][v];
+    }
   }
 #pragma GCC unroll 8
   for (int u = 0; u < kHeight; ++u) {
@@ -443,9 +468,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_bn_act_backward_reduce_cpu(
   STD_TORCH_CHECK(mask || !need_g, "without a mask g is dy");
   Tensor g = wanted_like(need_g, dy);
   Tensor sum_g = empty_vector(outputs, ScalarType::Double, dy);
-  Tensor none = empty_vector(0, ScalarType::Double, dy);
-  Tensor products = need_products ? empty_matrix(outputs, pixels.channels(), ScalarType::Double, dy) : none;
-  Tensor products2 = need_products && y2 ? empty_matrix(outputs, pixels2.channels(), ScalarType::Double, dy) : none;
+  const auto matrix_or_none = [&](bool wanted, const Pixels& of) {
+    return wanted ? empty_matrix(outputs, of.channels(), ScalarType::Double, dy)
+                  : empty_vector(0, ScalarType::Double, dy);
+  };
+  Tensor products = matrix_or_none(need_products, pixels);
+  Tensor products2 = matrix_or_none(need_products && y2, pixels2);
   dispatch(y.scalar_type(), [&]<class T>(T*) {
     reduce_products<T>(
         data<T>(dy),
@@ -519,7 +547,7 @@ void multiply_all(
   std::fill(padded_shift + columns, padded_shift + shape.panels(columns) * shape.columns, S(0));
 
   const int64_t count = target.count();
-  const bool words = mask && columns % kLanes == 0;
+  const bool words = mask && relu && columns % kLanes == 0;
   const bool stream = streams<T>(count * columns) && columns % (2 * kLanes) == 0;
   // Tasks of some blocks; the rows of a block are a multiple of kLanes, so that its mask is of whole words.
   const int64_t task_rows = kApplyRows * std::max<int64_t>(1, 64 * 1024 / (kApplyRows * columns));
@@ -607,7 +635,6 @@ std::tuple<Tensor, Tensor> conv1x1_bn_act_apply_cpu(
         "y2 must give the pixels that y gives");
     check_matrix("folded2", *folded2, columns, channels2, dtype);
   }
-  STD_TORCH_CHECK(relu || !save_mask, "save_mask is for a ReLU");
   const Layout4d layout{pixels.layout.batch, columns, pixels.height, pixels.width, true};
   const int64_t sizes[] = {layout.batch, columns, layout.height, layout.width};
   Tensor out = empty_strided(sizes, layout.strides().data(), 4, dtype, y);

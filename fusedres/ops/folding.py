@@ -17,10 +17,13 @@ import torch
 
 FOLDINGS = ("auto", "always", "never")
 
-# The cost model of "auto" on a CPU: the most input channels for which folding has not lost to the convolution and the
-# fused batch norm. The GEMM itself is as large either way; what folding adds, the moments and two products per pixel of
-# C x C, grows with C, while the passes over the output that it saves do not.
-_MOST_CHANNELS_ON_CPU = {torch.float32: 64, torch.bfloat16: 64}
+# The cost model of "auto" on a CPU. The GEMM is as large either way; what folding adds, the moments, two products per
+# pixel of C x C and small matrices, grows with C and pays by the passes over a wide output that it saves. By dtype:
+# the most input channels, the fewest pixels, and the fewest of images of 28x28 and larger, with which it never lost to
+# the convolution and the fused batch norm (benchmarks/bench_conv1x1_bn_act.py).
+_GAINS_ON_CPU = {torch.float32: (128, 24_000, 6_000), torch.bfloat16: (128, 24_000, 24_000)}
+_LARGE_IMAGE = 28 * 28
+_OUTPUTS_PER_CHANNEL = 4
 
 # Fewer pixels for each channel, and the small matrices cost as much as the passes over the pixels.
 _PIXELS_PER_CHANNEL = 4
@@ -36,9 +39,11 @@ _MOST_CANCELLATION = {
 }
 _MOST_CANCELLATION_OF_FLOAT64_SUMS = 2.0**40
 # rounding: measured, 2^4 to 1.4 times eager's error, 2^5 to 2.4, 2^10 to 13. Eager rounds a float32 weight to 16 bits
-# too, and nearly as much is lost by that. float32 itself loses more in eager's sums.
+# too, and nearly as much is lost by that.
 _MOST_ROUNDING = 2.0**4
 _MOST_ROUNDING_OF_WIDE_WEIGHTS = 2.0**8
+# In float32, sums over pixels in which what eager normalises pixel by pixel cancels: 2.8 times its error at 2^10.
+_MOST_ROUNDING_OF_FLOAT32 = 2.0**7
 # spread, of float16: half of its smallest number, times the root of this, is what dy loses in M~ for a dout near one.
 _MOST_SPREAD = 2.0**24
 
@@ -80,8 +85,10 @@ def folding_choice(
     dtype: torch.dtype,
     device: str,
     channels: Sequence[int],
+    outputs: int,
     pixels: int,
     *,
+    image: int = _LARGE_IMAGE,
     training: bool = True,
     traced: bool = False,
     served: bool = True,
@@ -94,7 +101,8 @@ def folding_choice(
         folding: as :func:`folding_asked` gave it.
         dtype, device: of y as the convolution sees it; "cpu", "cuda", ...
         channels: input channels of the convolution, or of both.
-        pixels: that the convolution writes, per channel.
+        outputs: output channels.
+        pixels: that the convolution writes, per channel; image: of them, those of one image.
         training: every norm uses the statistics of the batch.
         traced: something records or transforms the call, so that it must see plain operators.
         served: there are kernels for the device.
@@ -120,10 +128,17 @@ def folding_choice(
         return False, "y is not channels_last"
     if device != "cpu":
         return False, f"nothing has been measured on {device}"
-    limit = _MOST_CHANNELS_ON_CPU.get(dtype, 0)
-    if most > limit:
-        return False, f"{most} channels of {dtype}, and folding gains up to {limit}"
-    return True, f"{most} channels of {dtype}, and folding gains up to {limit}"
+    if dtype not in _GAINS_ON_CPU:
+        return False, f"nothing has been measured in {dtype}"
+    most_channels, fewest, fewest_in_large = _GAINS_ON_CPU[dtype]
+    if most > most_channels or outputs < _OUTPUTS_PER_CHANNEL * most:
+        return False, (
+            f"{most} to {outputs} channels, and folding gains up to {most_channels} and to {_OUTPUTS_PER_CHANNEL} times"
+            " as many"
+        )
+    if pixels < (fewest_in_large if image >= _LARGE_IMAGE else fewest):
+        return False, f"{pixels} pixels of {dtype}, too few for folding to gain"
+    return True, f"{most} to {outputs} channels of {pixels} pixels"
 
 
 def numerically_safe(
@@ -139,6 +154,8 @@ def numerically_safe(
         limits["cancellation"] = _MOST_CANCELLATION_OF_FLOAT64_SUMS
     if dtype.itemsize == 2:
         limits["rounding"] = _MOST_ROUNDING if weight_dtype == dtype else _MOST_ROUNDING_OF_WIDE_WEIGHTS
+    elif dtype == torch.float32:
+        limits["rounding"] = _MOST_ROUNDING_OF_FLOAT32
     if dtype == torch.float16:
         limits["spread"] = _MOST_SPREAD
     for name, limit in limits.items():

@@ -81,10 +81,8 @@ class Operands:
         self.dtype = dtype
 
     def close(self, got: Tensor, want: Tensor, dtype: torch.dtype | None = None) -> None:
-        """Within what one rounding to ``dtype``, or sums of a few hundred terms in float32, may lose."""
-        eps = torch.finfo(dtype or self.dtype).eps
-        if self.dtype != torch.float64:
-            eps = max(eps, 2.0**-20)
+        """Within what one rounding to ``dtype``, or sums of a few hundred terms in float32 or float64, may lose."""
+        eps = max(torch.finfo(dtype or self.dtype).eps, 2.0**-48 if self.dtype == torch.float64 else 2.0**-19)
         assert (got.double() - want).abs().max() <= eps * max(1.0, want.abs().max().item())
 
 
@@ -189,7 +187,7 @@ TABLE = [(op, case) for op in FOLDED for case in verification.cases(op)]
 
 @pytest.mark.parametrize(("op", "case"), TABLE, ids=[f"{op}-{case.name}" for op, case in TABLE])
 def test_rule(op, case, folds) -> None:
-    assert not verification.failures(case, folds)
+    assert not verification.pooled_failures([case], folds)
 
 
 @pytest.mark.parametrize("op", FOLDED)
@@ -223,7 +221,7 @@ LARGE = [((8, 64, 56, 56), 256), ((16, 128, 28, 28), 512), ((32, 256, 14, 14), 1
 )
 def test_rule_over_sizes(shape, channels, dtype, folds) -> None:
     residual = "channels_last" if channels % 3 else None
-    assert not verification.failures(_case(shape, channels, dtype=dtype, residual=residual), folds)
+    assert not verification.pooled_failures([_case(shape, channels, dtype=dtype, residual=residual)], folds)
 
 
 @pytest.mark.slow
@@ -284,9 +282,14 @@ def test_what_folds(folds, is_folded) -> None:
         return is_folded(lambda: F.conv1x1_bn_act(y, w, *_norm(w.size(0), w.dtype), residual, **options))
 
     assert call()
-    assert call(folding="auto")
+    assert not call(folding="auto")  # too small to gain
     assert not call(folding="never")
     assert not call(training=False)
+    gains = {"y": _image(8, 16, 56, 56), "w": _weight(64, 16), "residual": None, "folding": "auto"}
+    assert call(**gains)
+    assert not call(**gains | {"y": gains["y"].contiguous()})
+    assert call(**gains | {"y": gains["y"].bfloat16(), "w": gains["w"].bfloat16()})
+    assert not call(**gains | {"y": gains["y"].half(), "w": gains["w"].half()})
     assert call(residual=None, stride=2, y=_image(4, 8, 6, 6))
     assert call(residual=None, stride=(2, 2), y=_image(4, 8, 6, 6))
     assert not call(residual=None, stride=(2, 1), y=_image(4, 8, 6, 6))
@@ -294,10 +297,8 @@ def test_what_folds(folds, is_folded) -> None:
     assert not call(residual=residual.double())  # promotes
     assert call(residual=residual.contiguous())
     assert call(y=y.contiguous())
-    assert not call(y=y.contiguous(), folding="auto")
-    assert call(y=y.bfloat16(), w=w.bfloat16(), residual=residual.bfloat16(), folding="auto")
+    assert call(y=y.bfloat16(), w=w.bfloat16(), residual=residual.bfloat16())
     assert call(y=y.half(), w=w.half(), residual=residual.half())
-    assert not call(y=y.half(), w=w.half(), residual=residual.half(), folding="auto")
     assert call(y=y.double(), w=w.double(), residual=residual.double())
     assert not call(y=_image(0, 8, 6, 6), residual=None)
     assert not call(y=_image(1, 8, 5, 6), residual=None)  # 30 pixels, fewer than 4 for each channel
@@ -318,10 +319,9 @@ def test_what_folds_of_a_pair(folds, is_folded) -> None:
         return is_folded(lambda: F.conv1x1_bn_add_conv1x1_bn_act(y, w, *norms[0], y2, w2, *norms[1], **options))
 
     assert call()
-    assert call(folding="auto")
+    assert not call(folding="auto")  # too small to gain
     assert not call(training2=False)
     assert not call(training=False, training2=True)
-    assert not call(y2=y2.contiguous(), folding="auto")
     assert call(y2=y2.contiguous())
     assert not call(y2=_image(2, 12, 1, 12), stride2=(1, 2))  # broadcasts
     assert not call(y2=_image(2, 20, 12, 12), w2=_weight(16, 20))  # 72 pixels for 20 channels
@@ -336,8 +336,8 @@ def test_what_serves_without_kernels(monkeypatch, is_folded) -> None:
 
 
 def test_folding_choice() -> None:
-    def choice(mode="auto", dtype=torch.float32, device="cpu", channels=(64,), pixels=10_000, **options):
-        return folding.folding_choice(mode, dtype, device, channels, pixels, **options)
+    def choice(mode="auto", dtype=torch.float32, device="cpu", channels=(64,), outputs=256, pixels=30_000, **options):
+        return folding.folding_choice(mode, dtype, device, channels, outputs, pixels, **options)
 
     assert choice()[0]
     assert choice(dtype=torch.bfloat16)[0]
@@ -350,7 +350,10 @@ def test_folding_choice() -> None:
         ({"pixels": 255}, "255 pixels"),
         ({"channels_last": False}, "channels_last"),
         ({"device": "cuda"}, "cuda"),
-        ({"channels": (64, 65)}, "65 channels of torch.float32"),
+        ({"channels": (64, 65)}, "65 to 256 channels"),
+        ({"channels": (129,), "outputs": 1024}, "129 to 1024 channels"),
+        ({"pixels": 10_000, "image": 100}, "10000 pixels"),
+        ({"pixels": 10_000, "dtype": torch.bfloat16}, "10000 pixels"),
         ({"dtype": torch.float16}, "float16"),
     ):
         folds, why = choice(**change)
@@ -482,12 +485,12 @@ def test_the_wide_tensor_is_never_made(folds, record_ops) -> None:
         out = F.conv1x1_bn_act(y, w, *norm, residual, training=True, folding="always")
         dy = torch.ones_like(out)
         torch.autograd.grad(out, (y, w, *norm[2:], residual), dy)
-    known = {t.data_ptr() for t in (out, dy, residual)}
+    known = {t.untyped_storage().data_ptr() for t in (out, dy, residual)}
     wide = {
-        t.data_ptr()
+        t.untyped_storage().data_ptr()
         for *_, results in record.calls
         for t in (results if isinstance(results, (tuple, list)) else (results,))
-        if isinstance(t, Tensor) and t.numel() == out.numel()
+        if isinstance(t, Tensor) and t.untyped_storage().nbytes() >= out.untyped_storage().nbytes()
     }
     assert len(wide - known) <= 1
 
@@ -758,7 +761,7 @@ def test_autocast_leaves_float64_alone(folds, is_folded) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compile(dtype, dynamic, folds) -> None:
-    """One graph without breaks; float32 folds in it, bfloat16 would have to look at values."""
+    """One graph without breaks, and unfolded: it could not look at the moments."""
     torch._dynamo.reset()
     graphs = []
 
@@ -785,8 +788,8 @@ def test_compile(dtype, dynamic, folds) -> None:
         want = step(lambda *args: mine(*args, folding="never"), size)
         for a, b in zip(step(compiled, size), want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * max(1.0, b.abs().max().item()))
-    assert ("conv1x1_moments" in graphs[0]) == (dtype == torch.float32)
-    assert ("conv2d" in graphs[0]) == (dtype != torch.float32)
+    assert "conv1x1_moments" not in graphs[0]
+    assert "conv2d" in graphs[0]
 
 
 def test_functorch_takes_the_plain_path(folds, is_folded) -> None:
