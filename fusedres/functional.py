@@ -59,7 +59,7 @@ from .ops.conv1x1_bn_act import (
     strided_size,
     update_running,
 )
-from .ops.folding import folding_asked, folding_choice, numerically_safe
+from .ops.folding import folding_asked, folding_choice, numerically_safe, safe_unseen
 from .ops.layout import dense, is_channels_last
 
 __all__ = [
@@ -896,14 +896,13 @@ def conv1x1_bn_act(
         x = convolution.output()
         check_batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
         check_not_inference({"y": y, "conv_weight": conv_weight, "weight": weight, "bias": bias})
-        moments = convolution.moments(ops[0])
+        rows, moments = convolution.moments(ops[0])
         if _is_safe(convolution, moments, eps):
             running = (running_mean, running_var, num_batches_tracked, momentum)
-            return _conv1x1_bn_act(
-                convolution, weight, bias, residual, (moments, running, eps, convolution.stride, act == "relu", ops[1:])
-            )
+            config = (moments, running, eps, convolution.stride, act == "relu", ops[1:])
+            return _conv1x1_bn_act(rows, conv_weight, weight, bias, residual, config)
     return batch_norm_act(
-        F.conv2d(convolution.y, conv_weight, None, stride),
+        F.conv2d(y, conv_weight, None, stride),
         running_mean,
         running_var,
         weight,
@@ -1000,16 +999,17 @@ def conv1x1_bn_add_conv1x1_bn_act(
         check_batch_norm(both[1].output(), *second[2:], training2, momentum2, eps2, num_batches_tracked2, suffix="2")
         check_not_inference({"y": y, "conv_weight": conv_weight, "weight": weight, "bias": bias})
         check_not_inference({"y2": y2, "conv_weight2": conv_weight2, "weight2": weight2, "bias2": bias2})
-        moments, moments2 = (c.moments(ops[0]) for c in both)
+        (rows, moments), (rows2, moments2) = (c.moments(ops[0]) for c in both)
         if _is_safe(both[0], moments, eps) and _is_safe(both[1], moments2, eps2):
             norm = (moments, (running_mean, running_var, num_batches_tracked, momentum), eps, both[0].stride)
             norm2 = (moments2, (running_mean2, running_var2, num_batches_tracked2, momentum2), eps2, both[1].stride)
             config = (*norm, *norm2, act == "relu", ops[1:])
-            return _conv1x1_bn_add_conv1x1_bn_act(*both, weight, bias, weight2, bias2, config)
+            of_first, of_second = (rows, conv_weight, weight, bias), (rows2, conv_weight2, weight2, bias2)
+            return _conv1x1_bn_add_conv1x1_bn_act(of_first, of_second, config)
     return batch_norm_add_batch_norm_act(
-        F.conv2d(both[0].y, conv_weight, None, stride),
+        F.conv2d(y, conv_weight, None, stride),
         *first[2:],
-        F.conv2d(both[1].y, conv_weight2, None, stride2),
+        F.conv2d(y2, conv_weight2, None, stride2),
         *second[2:],
         training=training,
         momentum=momentum,
@@ -1034,7 +1034,10 @@ def _can_move(*statistics: Tensor | None) -> bool:
 
 
 class _Conv1x1:
-    """The operands of a 1x1 convolution as autocast would have them, but for the rounding of a float32 weight."""
+    """The operands of a 1x1 convolution, and how it would be folded.
+
+    ``dtype`` is what autocast makes of y; a float32 weight stays as it is, to be rounded after it was folded.
+    """
 
     __slots__ = ("conv_weight", "dtype", "fits", "stride", "y")
 
@@ -1072,17 +1075,19 @@ class _Conv1x1:
             and other.layout == torch.strided
         )
 
-    def moments(self, op: Any) -> Moments:
-        """Those of y, which is cast and in channels_last from now on, and of the output."""
-        self.y = self.y.to(self.dtype).contiguous(memory_format=torch.channels_last)
+    def moments(self, op: Any) -> tuple[Tensor, Moments]:
+        """y as the kernels take it; its moments, with those of the output."""
+        y = self.y.to(self.dtype).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
-            mean, cov = op(self.y, self.stride)
-            return output_moments(self.conv_weight, mean, cov, self.pixels)
+            mean, cov = op(y, self.stride)
+            return y, output_moments(self.conv_weight, mean, cov, self.pixels)
 
 
-def _float64_sums(device: str) -> bool:
-    """Whether what serves the moments adds products of float32 numbers up in float64."""
-    return registry.backend() == "reference" or (device == "cpu" and registry.backend() != "triton")
+def _sums(device: str) -> str:
+    """How what serves a device adds products of float32 numbers up, see ``SUMS``."""
+    if registry.backend() == "reference":
+        return "float64"
+    return "shifted" if device == "cpu" and registry.backend() != "triton" else "plain"
 
 
 def _is_blind(y: Tensor) -> bool:
@@ -1101,7 +1106,7 @@ def _folding_ops(
         ops = tuple(registry.serve(op, y) for op in CONV1X1_OPS)
     except RuntimeError:  # a forced backend without these kernels serves what follows the convolution
         ops = (None,)
-    traced = _is_traced() or _is_blind(y)  # what cannot look at the moments cannot judge them
+    traced = _is_traced() or (_is_blind(y) and not safe_unseen(dtype, _sums(y.device.type)))
     folds, _ = folding_choice(
         folding,
         dtype,
@@ -1121,12 +1126,11 @@ def _folding_ops(
 
 def _is_safe(convolution: _Conv1x1, moments: Moments, eps: float) -> bool:
     """Whether the statistics of the output are exact enough; looks at values where it can."""
-    y = convolution.y
-    if _is_blind(y):
+    if _is_blind(convolution.y):
         return True
     found = conditioning(convolution.conv_weight, moments, eps)
-    sums = _float64_sums(y.device.type)
-    return numerically_safe(found, y.dtype, convolution.conv_weight.dtype, float64_sums=sums)[0]
+    sums = _sums(convolution.y.device.type)
+    return numerically_safe(found, convolution.dtype, convolution.conv_weight.dtype, sums)[0]
 
 
 def _wants_gradients(*tensors: Tensor | None) -> bool:
@@ -1146,10 +1150,14 @@ def _without_gradients(inputs: tuple[Input, ...], residual: Tensor | None, relu:
 
 
 def _conv1x1_bn_act(
-    convolution: _Conv1x1, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, config: tuple[Any, ...]
+    y: Tensor,
+    conv_weight: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    config: tuple[Any, ...],
 ) -> Tensor:
     """The folded op, or its Function where a gradient will be wanted; ``config`` as the Function has it."""
-    y, conv_weight = convolution.y, convolution.conv_weight
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     if not _wants_gradients(y, conv_weight, weight, bias, residual):
@@ -1162,23 +1170,17 @@ def _conv1x1_bn_act(
 
 
 def _conv1x1_bn_add_conv1x1_bn_act(
-    first: _Conv1x1,
-    second: _Conv1x1,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    weight2: Tensor | None,
-    bias2: Tensor | None,
-    config: tuple[Any, ...],
+    first: tuple[Tensor | None, ...], second: tuple[Tensor | None, ...], config: tuple[Any, ...]
 ) -> Tensor:
-    """The folded op, or its Function where a gradient will be wanted; ``config`` as the Function has it."""
-    of_first = (first.y, first.conv_weight, weight, bias)
-    of_second = (second.y, second.conv_weight, weight2, bias2)
-    if not _wants_gradients(*of_first, *of_second):
-        inputs = (Input(*of_first, *config[:4]), Input(*of_second, *config[4:8]))
-        return _without_gradients(inputs, None, *config[8:])
+    """The folded op, or its Function where a gradient will be wanted; ``config`` as the Function has it.
+
+    ``first`` and ``second`` are y, conv_weight, weight, bias.
+    """
+    if not _wants_gradients(*first, *second):
+        return _without_gradients((Input(*first, *config[:4]), Input(*second, *config[4:8])), None, *config[8:])
     if is_compiling():
-        second_y = _distinct(second.y, first.y)
-        return Conv1x1BNAddConv1x1BNActFunction.apply(*of_first, second_y, *of_second[1:], config)
-    _check_saved(*of_first[:3])
-    _check_saved(*of_second[:3])
-    return _APPLY_FOLDED_PAIR(*_unwrapped(*of_first, *of_second), config)
+        second = (_distinct(second[0], first[0]), *second[1:])
+        return Conv1x1BNAddConv1x1BNActFunction.apply(*first, *second, config)
+    _check_saved(*first[:3])
+    _check_saved(*second[:3])
+    return _APPLY_FOLDED_PAIR(*_unwrapped(*first, *second), config)

@@ -9,6 +9,7 @@ The second needs the moments of the input, and is asked before anything is updat
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -28,25 +29,6 @@ _OUTPUTS_PER_CHANNEL = 4
 # Fewer pixels for each channel, and the small matrices cost as much as the passes over the pixels.
 _PIXELS_PER_CHANNEL = 4
 
-# The largest `Conditioning` with which the errors stay below twice eager's.
-# cancellation: the relative error of var is about 2^-24 times as large, or 2^-53 times where the sums are float64, as
-# those of float32 are on a CPU. Beyond 2^40 eager's float32 has no digits left either.
-_MOST_CANCELLATION = {
-    torch.float32: 2.0**6,
-    torch.bfloat16: 2.0**15,
-    torch.float16: 2.0**12,
-    torch.float64: 2.0**16,
-}
-_MOST_CANCELLATION_OF_FLOAT64_SUMS = 2.0**40
-# rounding: measured, 2^4 to 1.4 times eager's error, 2^5 to 2.4, 2^10 to 13. Eager rounds a float32 weight to 16 bits
-# too, and nearly as much is lost by that.
-_MOST_ROUNDING = 2.0**4
-_MOST_ROUNDING_OF_WIDE_WEIGHTS = 2.0**8
-# In float32, sums over pixels in which what eager normalises pixel by pixel cancels: 2.8 times its error at 2^10.
-_MOST_ROUNDING_OF_FLOAT32 = 2.0**7
-# spread, of float16: half of its smallest number, times the root of this, is what dy loses in M~ for a dout near one.
-_MOST_SPREAD = 2.0**24
-
 
 class Conditioning(NamedTuple):
     """How much larger terms are than what they add up to.
@@ -60,6 +42,32 @@ class Conditioning(NamedTuple):
     cancellation: float
     rounding: float
     spread: float
+
+
+# How sums of float32 products are taken: in float64; in float32 about means, in short chains; in float32 from zero.
+SUMS = ("float64", "shifted", "plain")
+
+# The most with which errors stay below twice eager's.
+#
+# cancellation: the relative error of var is about 2^-24 times as large, and 2^-53 times where the sums are float64.
+# Beyond 2^40 eager's float32 has no digits left either.
+#
+# rounding: of 16-bit weights, measured, 2^4 leads to 1.4 times eager's error, 2^5 to 2.4, 2^10 to 13. A float32 weight
+# beside 16-bit activations is rounded by eager too, which costs it nearly as much. Float32 sums about means: 2^7 leads
+# to 1.7 times, 2^10 to 3.9.
+#
+# spread: half of float16's smallest number, times the root of this, is what dy loses in M~ for a dout near one.
+_LIMITS_OF_FLOAT32 = {
+    "float64": Conditioning(2.0**40, math.inf, math.inf),
+    "shifted": Conditioning(2.0**40, 2.0**7, math.inf),
+    "plain": Conditioning(2.0**6, math.inf, math.inf),
+}
+_LIMITS = {
+    torch.float64: Conditioning(2.0**16, math.inf, math.inf),
+    torch.bfloat16: Conditioning(2.0**15, 2.0**4, math.inf),
+    torch.float16: Conditioning(2.0**12, 2.0**4, 2.0**24),
+}
+_MOST_ROUNDING_OF_FLOAT32_WEIGHTS = 2.0**8
 
 
 def _checked(folding: object, source: str) -> str:
@@ -141,25 +149,21 @@ def folding_choice(
     return True, f"{most} to {outputs} channels of {pixels} pixels"
 
 
-def numerically_safe(
-    conditioning: Conditioning, dtype: torch.dtype, weight_dtype: torch.dtype, *, float64_sums: bool
-) -> tuple[bool, str]:
+def numerically_safe(found: Conditioning, dtype: torch.dtype, weight_dtype: torch.dtype, sums: str) -> tuple[bool, str]:
     """Whether folding is as exact as the convolution and its batch norm; where NaN is about, it is left to them.
 
     Args:
-        dtype, weight_dtype: of y and of the convolution's weight. float64_sums: whether float32 is summed in float64.
+        dtype, weight_dtype: of y and of the convolution's weight. sums: one of ``SUMS``.
     """
-    limits = {"cancellation": _MOST_CANCELLATION[dtype]}
-    if float64_sums and dtype == torch.float32:
-        limits["cancellation"] = _MOST_CANCELLATION_OF_FLOAT64_SUMS
-    if dtype.itemsize == 2:
-        limits["rounding"] = _MOST_ROUNDING if weight_dtype == dtype else _MOST_ROUNDING_OF_WIDE_WEIGHTS
-    elif dtype == torch.float32:
-        limits["rounding"] = _MOST_ROUNDING_OF_FLOAT32
-    if dtype == torch.float16:
-        limits["spread"] = _MOST_SPREAD
-    for name, limit in limits.items():
-        value = getattr(conditioning, name)
+    limits = _LIMITS_OF_FLOAT32[sums] if dtype == torch.float32 else _LIMITS[dtype]
+    if dtype.itemsize == 2 and weight_dtype == torch.float32:
+        limits = limits._replace(rounding=_MOST_ROUNDING_OF_FLOAT32_WEIGHTS)
+    for name, value, limit in zip(Conditioning._fields, found, limits, strict=True):
         if not value <= limit:
             return False, f"{name} of {value:.3g} is above {limit:.3g}, the limit for {dtype}"
     return True, "exact enough"
+
+
+def safe_unseen(dtype: torch.dtype, sums: str) -> bool:
+    """Whether folding is exact enough for all values, so that a compiled graph need not look at them."""
+    return dtype == torch.float32 and sums == "float64"
