@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fusedres.kernels import add_act, batch_norm_act, batch_norm_act_max_pool, common
+from fusedres.kernels import add_act, batch_norm_act, batch_norm_act_max_pool, common, conv1x1_bn_act
 
 TARGETS = {
     "80": GPUTarget("cuda", 80, 32),
@@ -37,7 +37,7 @@ TARGETS = {
     "100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DEVICE = common.Device(132, 50 << 20)
+PROCESSORS, L2_BYTES = 132, 50 << 20
 _DTYPES = {
     "bf16": (torch.bfloat16, torch.float32),
     "f16": (torch.float16, torch.float32),
@@ -106,6 +106,47 @@ class _Call:
             dy, self.x, *self.affine, self.stats, training, True, *_STEM, True, True
         )
 
+    def moments(self, stride: int = 1) -> None:
+        conv1x1_bn_act.conv1x1_moments(self.x, stride)
+
+    def folded(self, k: int, stride: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight, mixing and offset of a folded convolution of x; dy and its mask."""
+        c, wide = self.x.size(1), common.wide_dtype(self.x)
+        return _meta((k, c), self.dtype), _meta((c, c), self.dtype), _meta((c,), wide)
+
+    def gradient(self, k: int, stride: int) -> tuple[Tensor, Tensor]:
+        n, _, h, w = self.x.shape
+        dy = _meta((n, k, -(-h // stride), -(-w // stride)), self.dtype)
+        return dy, _meta((dy.numel() // 16 * 2 + 2 * (dy.numel() % 16 > 0),), torch.uint8)
+
+    def folded_apply(self, k: int, x2: tuple[int, ...] | None = None) -> None:
+        """With residual, or with x2 as the shortcut at stride 2."""
+        dy, _ = self.gradient(k, 1)
+        y2 = None if x2 is None else _meta(x2, self.dtype)
+        folded2 = None if x2 is None else _meta((k, x2[1]), self.dtype)
+        shift = _meta((k,), common.wide_dtype(self.x))
+        residual = dy if y2 is None else None
+        conv1x1_bn_act.conv1x1_bn_act_apply(
+            self.x, self.folded(k)[0], shift, 1, y2, folded2, 2, residual, True, True
+        )
+
+    def folded_reduce(self, k: int, x2: tuple[int, ...] | None = None, need_g: bool = False) -> None:
+        y2 = None if x2 is None else _meta(x2, self.dtype)
+        conv1x1_bn_act.conv1x1_bn_act_backward_reduce(*self.gradient(k, 1), self.x, 1, y2, 2, need_g, True)
+
+    def folded_backward(self, k: int, x2: tuple[int, ...] | None = None) -> None:
+        other = None if x2 is None else _meta(x2, self.dtype)
+        folded2 = (None,) * 3
+        if x2 is not None:
+            folded2 = (
+                _meta((k, x2[1]), self.dtype),
+                _meta((x2[1], x2[1]), self.dtype),
+                _meta((x2[1],), common.wide_dtype(self.x)),
+            )
+        conv1x1_bn_act.conv1x1_bn_act_backward_apply(
+            *self.gradient(k, 1), self.x, *self.folded(k), 1, other, *folded2, 2, True, x2 is not None
+        )
+
     def add_act(self) -> None:
         _, mask = add_act.add_act(self.x, self.x, True, True)
         add_act.add_act_backward(self.x, mask)
@@ -114,6 +155,8 @@ class _Call:
 _LARGE = (256, 256, 56, 56)
 _SMALL = (32, 512, 7, 7)
 _STEM_SHAPE = (256, 64, 112, 112)
+_NARROW, _WIDE = (256, 64, 56, 56), (256, 512, 7, 7)  # inputs of the last convolution of a first and a last block
+_SHORTCUT = (256, 256, 56, 56)  # of the second stage, for 128 channels of 28 x 28
 
 
 def cases() -> dict[str, Callable[[], Any]]:
@@ -158,11 +201,24 @@ def cases() -> dict[str, Callable[[], Any]]:
     add("batch_norm_act cumulative", _LARGE, "bf16", "channels_last", "forward", momentum=None)
     add("batch_norm_act+residual odd", (64, 67, 28, 28), "bf16", "channels_last", "forward", residual=True)
     add("batch_norm_act_backward+residual odd", (64, 67, 28, 28), "bf16", "channels_last", "backward", residual=True)
+    for dtype in ("bf16", "f32"):
+        for size, shape in (("narrow", _NARROW), ("wide", _WIDE)):
+            add(f"conv1x1_moments {size}", shape, dtype, "channels_last", "moments")
+            add(f"conv1x1_bn_act_apply {size}", shape, dtype, "channels_last", "folded_apply", k=4 * shape[1])
+            add(f"conv1x1_bn_act_backward_reduce {size}", shape, dtype, "channels_last", "folded_reduce", k=4 * shape[1])
+            add(f"conv1x1_bn_act_backward_apply {size}", shape, dtype, "channels_last", "folded_backward", k=4 * shape[1])
+    for name in ("apply", "reduce", "backward"):
+        case = f"conv1x1_bn_act_{'' if name == 'apply' else 'backward_'}{'apply' if name == 'backward' else name}"
+        shape = (256, 128, 28, 28)
+        add(f"{case} pair", shape, "bf16", "channels_last", f"folded_{name}", k=512, x2=_SHORTCUT)
+        add(f"{case} odd", (64, 67, 28, 28), "bf16", "channels_last", f"folded_{name}", k=130)
+        add(f"{case} narrow", _NARROW, "f64", "channels_last", f"folded_{name}", k=256)
+    add("conv1x1_moments strided", _SHORTCUT, "bf16", "channels_last", "moments", stride=2)
     return table
 
 
-def launches(call: Callable[[], Any], wavefront: int = 32) -> list[tuple[JITFunction, dict[str, Any]]]:
-    """What ``call`` launches: kernels and their arguments by name; nothing runs."""
+def launches(call: Callable[[], Any], target: str = "90") -> list[tuple[JITFunction, dict[str, Any]]]:
+    """What ``call`` launches on a target: kernels and their arguments by name; nothing runs."""
     seen: list[tuple[JITFunction, dict[str, Any]]] = []
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -170,8 +226,8 @@ def launches(call: Callable[[], Any], wavefront: int = 32) -> list[tuple[JITFunc
 
     with (
         mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(common, "device_of", return_value=DEVICE),
-        mock.patch.object(common, "WAVEFRONT", wavefront),
+        mock.patch.object(common, "device_of", return_value=common.Device(PROCESSORS, L2_BYTES, target)),
+        mock.patch.object(common, "WAVEFRONT", TARGETS[target].warp_size),
     ):
         call()
     return seen
@@ -207,6 +263,11 @@ def _widest(text: str, pattern: str) -> int:
     return max((int(n or 1) * int(bits) // 8 for n, bits in re.findall(pattern, text)), default=0)
 
 
+def _matrix(text: str, pattern: str) -> str:
+    """The matrix instructions that are there, by name; empty: none."""
+    return " ".join(sorted(set(re.findall(pattern, text))))
+
+
 def _nvidia(built: Any) -> dict[str, Any]:
     ptx = built.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -223,6 +284,7 @@ def _nvidia(built: Any) -> dict[str, Any]:
         "wide_loads": len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)),
         "wide_stores": len(re.findall(r"st\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)),
         "float_atomics": len(re.findall(r"\b(?:atom|red)\S*\.f(?:16|32|64)", ptx)),
+        "matrix": _matrix(ptx, r"\b(wgmma|tcgen05|mma)\.(?:mma|sync)"),
     }
 
 
@@ -243,6 +305,7 @@ def _amd(built: Any) -> dict[str, Any]:
         "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4\b", asm)),
         "wide_stores": len(re.findall(r"(?:global|buffer)_store_dwordx4\b", asm)),
         "float_atomics": len(re.findall(r"atomic_(?:p?k_)?add_(?:f16|f32|f64|bf16)", asm)),
+        "matrix": _matrix(asm, r"\bv_(mfma)_"),
     }
 
 
@@ -251,14 +314,14 @@ def rows(targets: tuple[str, ...] = tuple(TARGETS), pattern: str = "*") -> Itera
 
     Keys: ``case`` (op, dtype, layout), ``kernel``, ``target``, ``warps``; ``registers`` per thread, ``spills`` (bytes
     of local memory; AMD: vector registers), ``shared`` memory in bytes, ``load`` and ``store`` (bytes of the widest
-    global access), ``wide_loads`` and ``wide_stores`` (number of 16-byte ones), ``float_atomics``.
+    global access), ``wide_loads`` and ``wide_stores`` (number of 16-byte ones), ``float_atomics``; ``matrix`` (instructions).
     """
     done: dict[Any, dict[str, Any]] = {}
     for case, call in cases().items():
         if not fnmatch.fnmatchcase(case, pattern):
             continue
         for target in targets:
-            for kernel, arguments in launches(call, TARGETS[target].warp_size):
+            for kernel, arguments in launches(call, target):
                 source, options = source_of(kernel, dict(arguments))
                 key = (source.hash(), target)
                 if key not in done:

@@ -54,14 +54,15 @@ SCALARS = [
 
 
 @triton.jit
-def _pixel_of(row, height, width, stride, out_height, out_width, STRIDED: tl.constexpr):
-    """Row of y (int64) that an output row stands on."""
+def _pixels_of(first, local, height, width, stride, out_height, out_width, STRIDED: tl.constexpr):
+    """Rows of y that output rows ``first + local`` stand on: one (int64), and the others relative to it."""
     if STRIDED:
+        row = first + local
         line = row // out_width
         image = (line // out_height).to(tl.int64)
-        return (image * height + line % out_height * stride) * width + row % out_width * stride
+        return tl.zeros([], tl.int64), (image * height + line % out_height * stride) * width + row % out_width * stride
     else:
-        return row.to(tl.int64)
+        return first.to(tl.int64), local
 
 
 @triton.jit
@@ -73,18 +74,31 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _masked(a, mask_ptr, row, inside, first, units, ALIGN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """a where its bit is set, else 0: columns ``first`` and on of a matrix of ``units * ALIGN`` columns."""
+def _masked(
+    a,
+    mask_ptr,
+    first,
+    local,
+    inside,
+    col,
+    units,
+    ALIGN: tl.constexpr,
+    EVEN: tl.constexpr,  # all rows and columns are inside
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """a where its bit is set, else 0: rows ``first + local``, columns ``col`` and on, of ``units * ALIGN`` columns."""
     if ALIGN % 8 == 0:
-        byte = first // 8 + tl.arange(0, COLS // 8)[None, :]
         width = units * (ALIGN // 8)
-        at = mask_ptr + row.to(tl.int64)[:, None] * width + byte
-        keep = unpack(tl.load(at, mask=inside & (byte < width), other=0), ROWS, COLS)
+        byte = col // 8 + tl.arange(0, COLS // 8)[None, :]
+        at = (mask_ptr + first.to(tl.int64) * width) + (local[:, None] * width + byte)
+        bytes = tl.load(at) if EVEN else tl.load(at, mask=inside & (byte < width), other=0)
+        keep = unpack(bytes, ROWS, COLS)
     else:  # rows begin inside bytes
-        col = first + tl.arange(0, COLS)[None, :]
         width = units * ALIGN
-        bit = row.to(tl.int64)[:, None] * width + col
-        bytes = tl.load(mask_ptr + bit // 8, mask=inside & (col < width), other=0).to(tl.int32)
+        cols = col + tl.arange(0, COLS)[None, :]
+        bit = (first.to(tl.int64) + local)[:, None] * width + cols
+        bytes = tl.load(mask_ptr + bit // 8, mask=inside & (cols < width), other=0).to(tl.int32)
         keep = (bytes >> (bit % 8).to(tl.int32)) & 1 != 0
     return tl.where(keep, a, 0.0).to(a.dtype)
 
@@ -95,8 +109,10 @@ def _multiply_rows(
     a_ptr,
     mask_ptr,
     b_ptr,
-    row,  # of the mask
-    pixel,  # of a
+    first,  # rows of the mask: first + local
+    local,
+    pixel,  # rows of a
+    pixels,
     col,
     cols,
     units,
@@ -111,24 +127,63 @@ def _multiply_rows(
     """acc + a b for some rows of a and columns of b; b is stored as [cols, inner] if TRANSPOSED, else [inner, cols]."""
     inner = units * ALIGN
     i = tl.arange(0, BLOCK_I)
-    a_at = a_ptr + pixel[:, None] * inner + i[None, :]
+    a_at = (a_ptr + pixel * inner) + (pixels[:, None] * inner + i[None, :])
     if TRANSPOSED:
-        b_at = b_ptr + i[:, None] + col.to(tl.int64)[None, :] * inner
+        b_at = b_ptr + (i[:, None] + col[None, :] * inner)
     else:
-        b_at = b_ptr + i.to(tl.int64)[:, None] * cols + col[None, :]
-    for first in range(0, inner, BLOCK_I):
-        exists = first + i < inner
+        b_at = b_ptr + (i[:, None] * cols + col[None, :])
+    for done in range(0, inner, BLOCK_I):
+        exists = done + i < inner
         a = tl.load(a_at) if EVEN else tl.load(a_at, mask=exists[None, :], other=0.0)
         if EVEN and EVEN_COLS:
             b = tl.load(b_at)
         else:
             b = tl.load(b_at, mask=exists[:, None] & (col < cols)[None, :], other=0.0)
         if mask_ptr is not None:
-            a = _masked(a, mask_ptr, row, True, first, units, ALIGN, BLOCK_M, BLOCK_I)
+            a = _masked(a, mask_ptr, first, local, True, done, units, ALIGN, EVEN, BLOCK_M, BLOCK_I)
         acc = _dot(a, b, acc, PRECISION)
         a_at += BLOCK_I
         b_at += BLOCK_I if TRANSPOSED else BLOCK_I * cols
     return acc
+
+
+@triton.jit
+def _finish(
+    acc,
+    shift_ptr,
+    residual_ptr,
+    out_ptr,
+    mask_ptr,
+    to,  # where the tile's first row begins: in out and residual, and in the mask
+    to_mask,
+    local,
+    out_rows,  # rows of out relative to the first
+    left,
+    col,
+    cols,
+    mask_width,
+    RELU: tl.constexpr,
+    EVEN_COLS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Shift, residual, ReLU, bit mask and store of some columns of a tile, from ``col`` on."""
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    c = col + tl.arange(0, COLS)
+    exists = (local < left)[:, None]
+    inside = exists if EVEN_COLS else exists & (c < cols)[None, :]
+    at = out_rows[:, None] * cols + c[None, :]
+    acc += tl.load(shift_ptr + c, mask=c < cols, other=0.0)[None, :]
+    if residual_ptr is not None:
+        acc += tl.load((residual_ptr + to) + at, mask=inside, other=0.0).to(acc.dtype)
+    if RELU:
+        acc = tl.where(acc <= 0.0, 0.0, acc)  # NaN passes
+    tl.store((out_ptr + to) + at, round_to(acc, dtype), mask=inside)
+    if mask_ptr is not None:
+        byte = col // 8 + tl.arange(0, COLS // 8)
+        bytes = pack(inside & kept(acc, dtype), ROWS, COLS)
+        byte_at = (mask_ptr + to_mask) + (local[:, None] * mask_width + byte[None, :])
+        tl.store(byte_at, bytes, mask=exists & (byte < mask_width)[None, :])
 
 
 # ---- rows times a small matrix ---------------------------------------------------------------------------------------
@@ -184,6 +239,7 @@ def _rows_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     compute: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
@@ -206,18 +262,22 @@ def _rows_kernel(
         stride2 = tl.where(second, stride_other, stride2)
     if out_mask_ptr is not None and tl.program_id(0) == 0:
         clear_padding(out_mask_ptr, rows, cols)
-    row = (block.to(tl.int64) if WIDE else block) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = (block.to(tl.int64) if WIDE else block) * BLOCK_M
+    left = tl.minimum(rows - first, BLOCK_M).to(tl.int32)
+    local = tl.arange(0, BLOCK_M)
     col = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    clamped = tl.minimum(row, rows - 1)  # instead of a mask over loads: what it multiplies is not stored
+    clamped = tl.minimum(local, left - 1)  # instead of a mask over loads: what it multiplies is not stored
     acc = tl.zeros([BLOCK_M, BLOCK_N], compute)
-    pixel = _pixel_of(clamped, height, width, stride, out_height, out_width, STRIDED)
+    pixel, pixels = _pixels_of(first, clamped, height, width, stride, out_height, out_width, STRIDED)
     acc = _multiply_rows(
         acc,
         a_ptr,
         mask_ptr,
         b_ptr,
+        first,
         clamped,
         pixel,
+        pixels,
         col,
         cols,
         units,
@@ -229,15 +289,17 @@ def _rows_kernel(
         BLOCK_M,
         BLOCK_I,
     )
-    pixel2 = _pixel_of(clamped, height2, width2, stride2, out_height, out_width, STRIDED2)
+    pixel, pixels = _pixels_of(first, clamped, height2, width2, stride2, out_height, out_width, STRIDED2)
     if a2_ptr is not None:
         acc = _multiply_rows(
             acc,
             a2_ptr,
             None,
             b2_ptr,
+            first,
             clamped,
-            pixel2,
+            pixel,
+            pixels,
             col,
             cols,
             units2,
@@ -249,32 +311,46 @@ def _rows_kernel(
             BLOCK_M,
             BLOCK_I,
         )
-    exists = (row < rows)[:, None]
-    inside = exists if EVEN_COLS else exists & (col < cols)[None, :]
-    acc += tl.load(shift_ptr + col, mask=col < cols, other=0.0)[None, :]
-    out_row = pixel2 if STRIDED_OUT else row.to(tl.int64)
-    at = out_row[:, None] * cols + col[None, :]
-    if residual_ptr is not None:
-        acc += tl.load(residual_ptr + at, mask=inside, other=0.0).to(compute)
-    if RELU:
-        acc = tl.where(acc <= 0.0, 0.0, acc)  # NaN passes
-    tl.store(out_ptr + at, round_to(acc, dtype), mask=inside)
+    to = (pixel if STRIDED_OUT else first.to(tl.int64)) * cols
+    to_mask = first.to(tl.int64) * (units_out * (ALIGN_OUT // 8))
+    out_rows = pixels if STRIDED_OUT else local
+    # a tile in pieces, where all of it at once would take too many registers
+    pieces = (acc,)
+    if PIECES == 2:
+        pieces = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+    for piece in tl.static_range(PIECES):
+        first_col = tile * BLOCK_N + piece * (BLOCK_N // PIECES)
+        _finish(
+            pieces[piece],
+            shift_ptr,
+            residual_ptr,
+            out_ptr,
+            out_mask_ptr,
+            to,
+            to_mask,
+            local,
+            out_rows,
+            left,
+            first_col,
+            cols,
+            units_out * (ALIGN_OUT // 8),
+            RELU,
+            EVEN_COLS,
+            BLOCK_M,
+            BLOCK_N // PIECES,
+        )
     if STRIDED_OUT:
         # a pixel's program also clears the pixels that the stride leaves out beside and below it
-        line = clamped // out_width % out_height * stride2
-        column = clamped % out_width * stride2
+        at = out_rows[:, None] * cols + col[None, :]
+        inside = (local < left)[:, None] & (col < cols)[None, :]
+        line = (first + clamped) // out_width % out_height * stride2
+        column = (first + clamped) % out_width * stride2
         zeros = tl.zeros([BLOCK_M, BLOCK_N], dtype)
         for d in range(1, stride2 * stride2):
             down, right = d // stride2, d % stride2
             there = (line + down < height2) & (column + right < width2)
             by = (down * width2 + right).to(tl.int64) * cols
-            tl.store(out_ptr + at + by, zeros, mask=inside & there[:, None])
-    if out_mask_ptr is not None:
-        byte = tile * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
-        byte_width = units_out * (ALIGN_OUT // 8)
-        byte_at = out_mask_ptr + row.to(tl.int64)[:, None] * byte_width + byte[None, :]
-        bytes = pack(inside & kept(acc, dtype), BLOCK_M, BLOCK_N)
-        tl.store(byte_at, bytes, mask=exists & (byte < byte_width)[None, :])
+            tl.store((out_ptr + to + by) + at, zeros, mask=inside & there[:, None])
 
 
 @triton.jit
@@ -306,7 +382,8 @@ def _tile_of(tile, tiles):
 @triton.jit
 def _load_rows(
     ptr,
-    row,
+    first,
+    local,
     inside,
     col,
     units,
@@ -320,8 +397,8 @@ def _load_rows(
     EVEN_COLS: tl.constexpr,
 ):
     cols = units * ALIGN
-    pixel = _pixel_of(row, height, width, stride, out_height, out_width, STRIDED)
-    at = ptr + pixel[:, None] * cols + col[None, :]
+    pixel, pixels = _pixels_of(first, local, height, width, stride, out_height, out_width, STRIDED)
+    at = (ptr + pixel * cols) + (pixels[:, None] * cols + col[None, :])
     return tl.load(at, mask=inside[:, None] if EVEN_COLS else inside[:, None] & (col < cols)[None, :], other=0.0)
 
 
@@ -394,17 +471,18 @@ def _columns_kernel(
         origin_m = tl.load(origin_ptr + col_m, mask=col_m < m, other=0.0)[None, :]
         origin_n = tl.load(origin_ptr + col_n, mask=col_n < n, other=0.0)[None, :]
     begin = (split.to(tl.int64) if WIDE else split) * chunk_rows
-    end = tl.minimum(begin + chunk_rows, rows)
+    count = tl.minimum(rows - begin, chunk_rows).to(tl.int32)
     compute: tl.constexpr = ACCUMULATE
     sum_dtype: tl.constexpr = tl.float64 if SYMMETRIC else compute
     total = tl.zeros([BLOCK_M, BLOCK_N], compute)
     sums = tl.zeros([LANES, BLOCK_M], sum_dtype)
-    for step in range(begin, end, ROWS):
-        row = step + tl.arange(0, ROWS)
-        inside = row < end
+    for done in range(0, count, ROWS):
+        local = done + tl.arange(0, ROWS)
+        inside = local < count
         a = _load_rows(
             a_ptr,
-            row,
+            begin,
+            local,
             inside,
             col_m,
             units,
@@ -420,7 +498,8 @@ def _columns_kernel(
         if b_ptr is not None and not SINGLE:
             b = _load_rows(
                 b_ptr,
-                row,
+                begin,
+                local,
                 inside,
                 col_n,
                 units2,
@@ -434,7 +513,7 @@ def _columns_kernel(
                 EVEN2,
             )
         if mask_ptr is not None:
-            a = _masked(a, mask_ptr, row, inside[:, None], i * BLOCK_M, units, ALIGN, ROWS, BLOCK_M)
+            a = _masked(a, mask_ptr, begin, local, inside[:, None], i * BLOCK_M, units, ALIGN, False, ROWS, BLOCK_M)
         if origin_ptr is not None:
             a = tl.where(inside[:, None], a - origin_m, 0.0)
             if not SINGLE:
@@ -448,8 +527,8 @@ def _columns_kernel(
             part = tl.sum(a.to(compute).reshape(ROWS // LANES, LANES, BLOCK_M), 0)
             sums += part.to(sum_dtype)
             if g_ptr is not None:
-                at = row.to(tl.int64)[:, None] * m + col_m[None, :]
-                tl.store(g_ptr + at, a.to(g_ptr.dtype.element_ty), mask=inside[:, None] & (col_m < m)[None, :])
+                at = local[:, None] * m + col_m[None, :]
+                tl.store((g_ptr + begin.to(tl.int64) * m) + at, a.to(g_ptr.dtype.element_ty), mask=inside[:, None] & (col_m < m)[None, :])
         if b_ptr is not None:
             if SINGLE:
                 b = a
@@ -460,8 +539,9 @@ def _columns_kernel(
         to = sums_ptr + split.to(tl.int64) * m + col_m
         tl.store(to, tl.sum(sums.to(tl.float64), 0), mask=col_m < m)
     if b_ptr is not None:
-        at = (split.to(tl.int64) * m + col_m)[:, None] * width_all + (before + col_n)[None, :]
-        tl.store(partial_ptr + at, total, mask=(col_m < m)[:, None] & (col_n < n)[None, :])
+        to = (split.to(tl.int64) * m + i * BLOCK_M) * width_all + before
+        at = tl.arange(0, BLOCK_M)[:, None] * width_all + col_n[None, :]
+        tl.store((partial_ptr + to) + at, total, mask=(col_m < m)[:, None] & (col_n < n)[None, :])
 
 
 @triton.jit
@@ -479,10 +559,10 @@ def _origin_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """The mean of the first rows, in few bits."""
-    row = tl.arange(0, ROWS)
+    local = tl.arange(0, ROWS)
     col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = row < rows
-    y = _load_rows(y_ptr, row, inside, col, channels, height, width, stride, out_height, out_width, 1, True, False)
+    inside = local < rows
+    y = _load_rows(y_ptr, tl.program_id(0) * 0, local, inside, col, channels, height, width, stride, out_height, out_width, 1, True, False)
     mean = tl.sum(y, 0) / tl.minimum(rows, ROWS).to(tl.float32)
     tl.store(origin_ptr + col, round_to(mean, tl.bfloat16).to(tl.float32), mask=col < channels)
 
@@ -779,6 +859,7 @@ def _options(tile: Tile, device: common.Device, dtype: torch.dtype) -> dict[str,
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "BLOCK_I": tile.inner,
+        "PIECES": 2 if tile.m * tile.n > 64 * tile.threads else 1,
         "num_stages": tile.stages,
         **launch_options(tile.threads),
     }
