@@ -126,9 +126,7 @@ class _Call:
         folded2 = None if x2 is None else _meta((k, x2[1]), self.dtype)
         shift = _meta((k,), common.wide_dtype(self.x))
         residual = dy if y2 is None else None
-        conv1x1_bn_act.conv1x1_bn_act_apply(
-            self.x, self.folded(k)[0], shift, 1, y2, folded2, 2, residual, True, True
-        )
+        conv1x1_bn_act.conv1x1_bn_act_apply(self.x, self.folded(k)[0], shift, 1, y2, folded2, 2, residual, True, True)
 
     def folded_reduce(self, k: int, x2: tuple[int, ...] | None = None, need_g: bool = False) -> None:
         y2 = None if x2 is None else _meta(x2, self.dtype)
@@ -205,13 +203,24 @@ def cases() -> dict[str, Callable[[], Any]]:
         for size, shape in (("narrow", _NARROW), ("wide", _WIDE)):
             add(f"conv1x1_moments {size}", shape, dtype, "channels_last", "moments")
             add(f"conv1x1_bn_act_apply {size}", shape, dtype, "channels_last", "folded_apply", k=4 * shape[1])
-            add(f"conv1x1_bn_act_backward_reduce {size}", shape, dtype, "channels_last", "folded_reduce", k=4 * shape[1])
-            add(f"conv1x1_bn_act_backward_apply {size}", shape, dtype, "channels_last", "folded_backward", k=4 * shape[1])
+            add(
+                f"conv1x1_bn_act_backward_reduce {size}", shape, dtype, "channels_last", "folded_reduce", k=4 * shape[1]
+            )
+            add(
+                f"conv1x1_bn_act_backward_apply {size}",
+                shape,
+                dtype,
+                "channels_last",
+                "folded_backward",
+                k=4 * shape[1],
+            )
     for name in ("apply", "reduce", "backward"):
         case = f"conv1x1_bn_act_{'' if name == 'apply' else 'backward_'}{'apply' if name == 'backward' else name}"
         shape = (256, 128, 28, 28)
         add(f"{case} pair", shape, "bf16", "channels_last", f"folded_{name}", k=512, x2=_SHORTCUT)
         add(f"{case} odd", (64, 67, 28, 28), "bf16", "channels_last", f"folded_{name}", k=130)
+        add(f"{case} odd", (64, 67, 28, 28), "f32", "channels_last", f"folded_{name}", k=130)
+        add(f"{case} unaligned", (64, 84, 28, 28), "bf16", "channels_last", f"folded_{name}", k=36)
         add(f"{case} narrow", _NARROW, "f64", "channels_last", f"folded_{name}", k=256)
     add("conv1x1_moments strided", _SHORTCUT, "bf16", "channels_last", "moments", stride=2)
     return table
@@ -274,14 +283,15 @@ def _nvidia(built: Any) -> dict[str, Any]:
         Path(file.name).write_bytes(built.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    copies = [int(n, 16) for n in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x[0-9a-f]+)[,;]", ptx)]
     found = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
     return {
         "registers": int(found["REG"]),
         "spills": int(found["LOCAL"]) + int(found["STACK"]),  # bytes of local memory per thread
         "shared": built.metadata.shared,
-        "load": _widest(ptx, r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bufs](\d+)\b"),
+        "load": max(_widest(ptx, r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bufs](\d+)\b"), *copies, 0),
         "store": _widest(ptx, r"st\.global[\w.:]*?(?:\.v(\d))?\.[bufs](\d+)\b"),
-        "wide_loads": len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)),
+        "wide_loads": len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)) + copies.count(16),
         "wide_stores": len(re.findall(r"st\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)),
         "float_atomics": len(re.findall(r"\b(?:atom|red)\S*\.f(?:16|32|64)", ptx)),
         "matrix": _matrix(ptx, r"\b(wgmma|tcgen05|mma)\.(?:mma|sync)"),
@@ -314,7 +324,8 @@ def rows(targets: tuple[str, ...] = tuple(TARGETS), pattern: str = "*") -> Itera
 
     Keys: ``case`` (op, dtype, layout), ``kernel``, ``target``, ``warps``; ``registers`` per thread, ``spills`` (bytes
     of local memory; AMD: vector registers), ``shared`` memory in bytes, ``load`` and ``store`` (bytes of the widest
-    global access), ``wide_loads`` and ``wide_stores`` (number of 16-byte ones), ``float_atomics``; ``matrix`` (instructions).
+    global access), ``wide_loads`` and ``wide_stores`` (number of 16-byte ones), ``float_atomics``, and ``matrix``: the
+    matrix instructions.
     """
     done: dict[Any, dict[str, Any]] = {}
     for case, call in cases().items():

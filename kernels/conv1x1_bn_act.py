@@ -46,8 +46,6 @@ SCALARS = [
     "width_other",
     "stride_other",
     "m",
-    "n",
-    "n2",
 ]
 
 # ---- pieces of kernels -----------------------------------------------------------------------------------------------
@@ -128,10 +126,7 @@ def _multiply_rows(
     inner = units * ALIGN
     i = tl.arange(0, BLOCK_I)
     a_at = (a_ptr + pixel * inner) + (pixels[:, None] * inner + i[None, :])
-    if TRANSPOSED:
-        b_at = b_ptr + (i[:, None] + col[None, :] * inner)
-    else:
-        b_at = b_ptr + (i[:, None] * cols + col[None, :])
+    b_at = b_ptr + (i[:, None] + col[None, :] * inner if TRANSPOSED else i[:, None] * cols + col[None, :])
     for done in range(0, inner, BLOCK_I):
         exists = done + i < inner
         a = tl.load(a_at) if EVEN else tl.load(a_at, mask=exists[None, :], other=0.0)
@@ -528,7 +523,11 @@ def _columns_kernel(
             sums += part.to(sum_dtype)
             if g_ptr is not None:
                 at = local[:, None] * m + col_m[None, :]
-                tl.store((g_ptr + begin.to(tl.int64) * m) + at, a.to(g_ptr.dtype.element_ty), mask=inside[:, None] & (col_m < m)[None, :])
+                tl.store(
+                    (g_ptr + begin.to(tl.int64) * m) + at,
+                    a.to(g_ptr.dtype.element_ty),
+                    mask=inside[:, None] & (col_m < m)[None, :],
+                )
         if b_ptr is not None:
             if SINGLE:
                 b = a
@@ -562,7 +561,22 @@ def _origin_kernel(
     local = tl.arange(0, ROWS)
     col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = local < rows
-    y = _load_rows(y_ptr, tl.program_id(0) * 0, local, inside, col, channels, height, width, stride, out_height, out_width, 1, True, False)
+    y = _load_rows(
+        y_ptr,
+        tl.program_id(0) * 0,
+        local,
+        inside,
+        col,
+        channels,
+        height,
+        width,
+        stride,
+        out_height,
+        out_width,
+        1,
+        True,
+        False,
+    )
     mean = tl.sum(y, 0) / tl.minimum(rows, ROWS).to(tl.float32)
     tl.store(origin_ptr + col, round_to(mean, tl.bfloat16).to(tl.float32), mask=col < channels)
 
@@ -578,18 +592,22 @@ def _combine_kernel(
     rows,
     splits,
     m,
-    n,
-    n2,
+    units,  # N = units * ALIGN
+    units2,  # N2 = units2 * ALIGN
     SYMMETRIC: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Adds partial results, each program a part of a row; or, without products, the column sums alone."""
-    blocks = tl.cdiv(n + n2, BLOCK_N)
+    n = units * ALIGN
+    n2 = units2 * ALIGN
+    width = (units + units2) * ALIGN
+    blocks = tl.cdiv(width, BLOCK_N)
     i = tl.program_id(0) // blocks
     col = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     part = tl.arange(0, BLOCK_P)[:, None]
-    exists = col < n + n2
+    exists = col < width
     parts = splits
     if SYMMETRIC:
         exists = exists & (col >= i)
@@ -601,7 +619,8 @@ def _combine_kernel(
         here = p + part < splits
         at = (p + part).to(tl.int64) * m
         if partial_ptr is not None:
-            total += tl.load(partial_ptr + (at + i) * (n + n2) + col, mask=here & exists, other=0.0).to(tl.float64)
+            partial = tl.load(partial_ptr + (at + i) * width + col, mask=here & exists, other=0.0)
+            total += partial.to(tl.float64)
             sum_i += tl.load(sums_ptr + at + i, mask=here, other=0.0)
         if SYMMETRIC or partial_ptr is None:
             sum_j += tl.load(sums_ptr + at + col, mask=here & exists, other=0.0)
@@ -638,46 +657,99 @@ class Tile(NamedTuple):
     inner: int
     threads: int
     stages: int
-    per_processor: int = 1  # resident programs, which decide how many chunks of rows there are
+    pieces: int = 1  # of the epilogue of ``_rows_kernel``
+    resident: int = 1  # programs per processor, which decide how many chunks of rows there are
 
 
-# (arch, dtype) -> shape class -> tile. "narrow": up to 64 columns of output.
-ROWS_TILES = {
-    ("sm80", 2): {"narrow": Tile(128, 64, 64, 128, 3), "wide": Tile(128, 128, 32, 256, 3)},
-    ("sm90", 2): {"narrow": Tile(128, 64, 64, 128, 4), "wide": Tile(128, 128, 64, 256, 3)},
-    ("sm100", 2): {"narrow": Tile(128, 64, 64, 128, 4), "wide": Tile(128, 128, 64, 256, 3)},
-    ("gfx9", 2): {"narrow": Tile(128, 64, 64, 256, 2), "wide": Tile(128, 128, 32, 256, 2)},
-    ("other", 2): {"narrow": Tile(64, 64, 32, 128, 2), "wide": Tile(64, 128, 32, 128, 2)},
-    ("any", 4): {"narrow": Tile(64, 64, 32, 128, 2), "wide": Tile(64, 64, 32, 128, 2)},
-    ("any", 8): {"narrow": Tile(64, 32, 16, 128, 2), "wide": Tile(64, 32, 16, 128, 2)},
+# What runs for a pass: (arch, bytes of an element) -> tile where memory decides, tile where arithmetic does. Chosen so
+# that nothing spills, that several programs or several stages of loads are in flight, and that what is shared between
+# tiles is not read from L2 too often.
+APPLY_TILES = {
+    ("sm80", 2): (Tile(128, 64, 64, 128, 3, 2), Tile(128, 128, 32, 256, 4, 2)),
+    ("sm90", 2): (Tile(128, 64, 64, 128, 3, 2), Tile(128, 128, 64, 256, 3, 2)),
+    ("sm100", 2): (Tile(128, 64, 64, 128, 3, 2), Tile(128, 128, 64, 256, 3, 2)),
+    ("gfx9", 2): (Tile(128, 64, 64, 256, 2), Tile(128, 128, 32, 256, 2, 2)),
+    ("other", 2): (Tile(128, 64, 32, 128, 3, 2),) * 2,
+    ("sm80", 4): (Tile(128, 64, 16, 256, 4, 2),) * 2,
+    ("sm90", 4): (Tile(128, 64, 32, 256, 3, 2),) * 2,
+    ("sm100", 4): (Tile(128, 64, 32, 256, 3, 2),) * 2,
+    ("gfx9", 4): (Tile(64, 64, 32, 256, 2),) * 2,
+    ("other", 4): (Tile(64, 64, 16, 128, 3),) * 2,
+    ("gfx9", 8): (Tile(64, 32, 16, 256, 2),) * 2,
+    ("other", 8): (Tile(64, 32, 16, 128, 3),) * 2,
 }
-COLUMNS_TILES = {
-    ("sm80", 2): {"narrow": Tile(64, 64, 128, 128, 3, 2), "wide": Tile(128, 64, 64, 256, 3, 2)},
-    ("sm90", 2): {"narrow": Tile(64, 64, 128, 128, 3, 2), "wide": Tile(128, 128, 128, 256, 2)},
-    ("sm100", 2): {"narrow": Tile(64, 64, 128, 128, 3, 2), "wide": Tile(128, 128, 128, 256, 2)},
-    ("gfx9", 2): {"narrow": Tile(64, 64, 64, 256, 2, 2), "wide": Tile(128, 64, 64, 256, 2, 2)},
-    ("other", 2): {"narrow": Tile(64, 64, 32, 128, 2, 2), "wide": Tile(64, 64, 32, 128, 2, 2)},
-    ("any", 4): {"narrow": Tile(64, 64, 32, 128, 2, 2), "wide": Tile(64, 64, 32, 128, 2, 2)},
-    ("any", 8): {"narrow": Tile(32, 32, 16, 128, 2, 2), "wide": Tile(32, 32, 16, 128, 2, 2)},
+BACKWARD_TILES = APPLY_TILES | {
+    ("sm80", 2): (Tile(128, 64, 64, 256, 3), Tile(128, 128, 32, 256, 4, 2)),
+    ("sm90", 2): (Tile(128, 64, 64, 256, 3), Tile(128, 256, 64, 256, 4, 2)),
+    ("sm100", 2): (Tile(128, 64, 64, 256, 3), Tile(128, 256, 64, 256, 3, 2)),
 }
-FLOAT64_TENSOR_CORES = ("sm80", "sm90", "sm100", "gfx9")
+MOMENTS_TILES = {
+    ("sm80", 2): (Tile(64, 64, 64, 128, 4, resident=3), Tile(128, 128, 32, 256, 4)),
+    ("sm90", 2): (Tile(64, 64, 128, 128, 4, resident=3), Tile(128, 128, 64, 256, 4)),
+    ("sm100", 2): (Tile(64, 64, 64, 128, 4, resident=3), Tile(128, 128, 64, 256, 3)),
+    ("gfx9", 2): (Tile(64, 64, 64, 256, 2, resident=2), Tile(128, 128, 32, 256, 2)),
+    ("other", 2): (Tile(64, 64, 32, 128, 3, resident=2),) * 2,
+    ("other", 4): (Tile(64, 64, 16, 128, 3, resident=2),) * 2,
+    ("sm80", 8): (Tile(64, 64, 32, 256, 3),) * 2,
+    ("sm90", 8): (Tile(64, 64, 32, 256, 3),) * 2,
+    ("sm100", 8): (Tile(64, 64, 32, 256, 3),) * 2,
+    ("gfx9", 8): (Tile(64, 64, 16, 256, 2),) * 2,
+    ("other", 8): (Tile(32, 32, 16, 128, 3, resident=2),) * 2,
+}
+REDUCE_TILES = {
+    ("sm80", 2): (Tile(128, 64, 64, 256, 3), Tile(128, 128, 32, 256, 4)),
+    ("sm90", 2): (Tile(128, 64, 64, 256, 4), Tile(128, 128, 64, 256, 4)),
+    ("sm100", 2): (Tile(128, 64, 64, 256, 4), Tile(128, 128, 64, 256, 3)),
+    ("gfx9", 2): (Tile(128, 64, 64, 256, 2), Tile(128, 128, 32, 256, 2)),
+    ("other", 2): (Tile(64, 64, 32, 128, 3, resident=2),) * 2,
+    ("sm80", 4): (Tile(64, 64, 32, 256, 3),) * 2,
+    ("sm90", 4): (Tile(128, 64, 32, 256, 3),) * 2,
+    ("sm100", 4): (Tile(128, 64, 32, 256, 3),) * 2,
+    ("gfx9", 4): (Tile(128, 64, 32, 256, 2),) * 2,
+    ("other", 4): (Tile(64, 64, 16, 128, 3, resident=2),) * 2,
+    ("gfx9", 8): (Tile(64, 32, 16, 256, 2),) * 2,
+    ("other", 8): (Tile(32, 32, 16, 128, 3, resident=2),) * 2,
+}
+BALANCE = 128  # products per element moved, from which arithmetic decides the time of ``_rows_kernel``
+NARROW = 64  # columns of y, up to which memory decides that of ``_columns_kernel``
+FLOAT64_TENSOR_CORES = (
+    "80",
+    "90",
+    "100",
+    "gfx90a",
+    "gfx940",
+    "gfx941",
+    "gfx942",
+)  # at half the rate of float32 or more
+ODD_TILE = Tile(64, 64, 32, 256, 2)
 MAX_CHUNK_ROWS = 4096  # promotions into one accumulator: 32 of 128 rows
-LANES = 16
 ORIGIN_ROWS = 128
-COMBINE_BLOCK = (32, 64)  # partial results by columns
+COMBINE_PARTS, COMBINE_ELEMENTS = 32, 2048  # of a block that a program adds
 MASK_BLOCK = 2048
+
+Tiles = dict[tuple[str, int], tuple[Tile, Tile]]
 
 
 def _arch(device: common.Device) -> str:
-    name = device.arch
-    if name.startswith("gfx9"):
+    if device.arch.startswith("gfx9"):
         return "gfx9"
-    return f"sm{name}" if name in ("80", "90", "100") else "other"
+    return {"80": "sm80", "90": "sm90", "100": "sm100", "103": "sm100"}.get(device.arch, "other")
 
 
-def _tile(table: dict[tuple[str, int], dict[str, Tile]], device: common.Device, itemsize: int, cols: int) -> Tile:
-    classes = table.get((_arch(device), itemsize)) or table.get(("any", itemsize)) or table["other", itemsize]
-    return classes["narrow" if cols <= 64 else "wide"]
+def _tile(table: Tiles, device: common.Device, itemsize: int, computes: bool, align: int) -> Tile:
+    """``align``: elements that loads can take at once; asynchronous ones take at least 4 bytes."""
+    if align * itemsize < 4:
+        return ODD_TILE
+    return (table.get((_arch(device), itemsize)) or table["other", itemsize])[computes]
+
+
+def _computes(inner: int, cols: int) -> bool:
+    return inner * cols >= BALANCE * (inner + cols)
+
+
+def _lanes(tile: Tile, itemsize: int) -> int:
+    """Rows that a program's threads hold at once, so that each thread sums what it holds itself."""
+    return max(16, min(tile.inner, tile.threads * (16 // itemsize) // tile.m))
 
 
 def _align(*widths: int) -> int:
@@ -806,9 +878,11 @@ def conv1x1_bn_act_apply(
     in_kernel = save_mask and k % 8 == 0
     with torch.cuda.device_of(y):
         device = common.device_of(y)
-        tile = _tile(ROWS_TILES, device, y.element_size(), k)
-        tiles = triton.cdiv(k, tile.n)
+        inner = a.channels + (a2.channels if a2 else 0)
         align, align2, align_out = _align(a.channels), _align(a2.channels if a2 else 0), _align(k)
+        narrowest = min(align, align2, align_out)
+        tile = _tile(APPLY_TILES, device, y.element_size(), _computes(inner, k), narrowest)
+        tiles = triton.cdiv(k, tile.n)
         _rows_kernel[(triton.cdiv(a.rows, tile.m) * tiles,)](
             y,
             None,
@@ -859,7 +933,7 @@ def _options(tile: Tile, device: common.Device, dtype: torch.dtype) -> dict[str,
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "BLOCK_I": tile.inner,
-        "PIECES": 2 if tile.m * tile.n > 64 * tile.threads else 1,
+        "PIECES": tile.pieces,
         "num_stages": tile.stages,
         **launch_options(tile.threads),
     }
@@ -918,9 +992,10 @@ def conv1x1_bn_act_backward_apply(
     widths = [o.channels for o in operands]
     with torch.cuda.device_of(y):
         device = common.device_of(y)
-        tile = _tile(ROWS_TILES, device, y.element_size(), max(widths))
-        tiles = [triton.cdiv(width, tile.n) for width in widths]
+        c = max(widths)
         align, align2 = _align(k), _align(*widths)
+        tile = _tile(BACKWARD_TILES, device, y.element_size(), _computes(k + c, c), min(align, align2))
+        tiles = [triton.cdiv(width, tile.n) for width in widths]
         strided = _strided(*operands)
         _rows_kernel[(triton.cdiv(operand.rows, tile.m) * sum(tiles),)](
             dy,
@@ -965,7 +1040,7 @@ def conv1x1_bn_act_backward_apply(
 @functools.lru_cache(maxsize=4096)
 def _chunk_rows(rows: int, tiles: int, tile: Tile, processors: int) -> int:
     """Rows per program: one wave of programs where no accumulator gets too many."""
-    splits = max(1, processors * tile.per_processor // tiles)
+    splits = max(1, processors * tile.resident // tiles)
     wanted = min(triton.cdiv(rows, splits), MAX_CHUNK_ROWS)
     return triton.cdiv(wanted, tile.inner) * tile.inner
 
@@ -988,11 +1063,12 @@ def _columns(
     widths = ([b.channels] if out is not None else []) + ([b2.channels] if b2 and out2 is not None else [])
     device = common.device_of(y)
     exact = y.dtype == torch.float64 or (
-        symmetric and y.dtype == torch.float32 and _arch(device) in FLOAT64_TENSOR_CORES
+        symmetric and y.dtype == torch.float32 and device.arch.split(":")[0] in FLOAT64_TENSOR_CORES
     )
-    tile = _tile(COLUMNS_TILES, device, 8 if exact else y.element_size(), max([a_width, *widths]))
-    if symmetric:
-        tile = tile._replace(n=tile.m)
+    table = MOMENTS_TILES if symmetric else REDUCE_TILES
+    align, align2 = _align(a_width), _align(*widths)
+    itemsize = 8 if exact else y.element_size()
+    tile = _tile(table, device, itemsize, b.channels > NARROW, min(align, align2))
     across = [triton.cdiv(width, tile.n) for width in widths]
     tiles = across[0] * (across[0] + 1) // 2 if symmetric else max(1, sum(across)) * triton.cdiv(a_width, tile.m)
     chunk_rows = _chunk_rows(rows, tiles, tile, device.processors)
@@ -1006,7 +1082,6 @@ def _columns(
         _origin_kernel[(triton.cdiv(a_width, 32),)](
             y, origin, rows, a_width, *b.geometry, h, w, ROWS=ORIGIN_ROWS, BLOCK_C=32, **launch_options(128)
         )
-    align, align2 = _align(a_width), _align(*widths)
     second = b2 if len(widths) == 2 else None
     _columns_kernel[(tiles * splits,)](
         a,
@@ -1029,7 +1104,8 @@ def _columns(
         **_geometry("", b),
         **_geometry("2", second),
         SYMMETRIC=symmetric,
-        SINGLE=symmetric and tiles == 1,
+        # elsewhere the compiler keeps only one use of a load asynchronous
+        SINGLE=symmetric and tiles == 1 and not exact and _arch(device) in ("sm90", "sm100"),
         STRIDED=_strided(b, second),
         WIDE=rows + chunk_rows >= 2**31,
         ALIGN=align,
@@ -1041,12 +1117,15 @@ def _columns(
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         ROWS=tile.inner,
-        LANES=LANES,
+        LANES=_lanes(tile, y.element_size()),
         num_stages=tile.stages,
         **launch_options(tile.threads),
     )
-    block_p, block_n = COMBINE_BLOCK
-    blocks = triton.cdiv(sum(widths), block_n) * a_width if widths else triton.cdiv(a_width, block_n)
+    added = widths or [a_width]  # without products, the sums of all columns
+    align = _align(*added)
+    block_p = min(COMBINE_PARTS, triton.next_power_of_2(splits))
+    block_n = min(COMBINE_ELEMENTS // block_p, max(16, triton.next_power_of_2(sum(added))))
+    blocks = triton.cdiv(sum(added), block_n) * (a_width if widths else 1)
     _combine_kernel[(blocks,)](
         partial,
         sums,
@@ -1057,9 +1136,10 @@ def _columns(
         rows=rows,
         splits=splits,
         m=a_width,
-        n=widths[0] if widths else a_width,
-        n2=widths[1] if second else 0,
+        units=added[0] // align,
+        units2=sum(added[1:]) // align,
         SYMMETRIC=symmetric,
+        ALIGN=align,
         BLOCK_P=block_p,
         BLOCK_N=block_n,
         **launch_options(128),
