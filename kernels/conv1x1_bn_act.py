@@ -841,6 +841,19 @@ def _operand(y: Tensor | None, stride: int) -> Operand | None:
     return None if y is None else Operand(y, stride)
 
 
+def _options(tile: Tile, device: common.Device, dtype: torch.dtype, inner: int) -> dict[str, Any]:
+    """``inner``: of the longer of the two reductions, which may need fewer stages than the tile has."""
+    return {
+        "PRECISION": _precision(device, dtype),
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_I": tile.inner,
+        "PIECES": tile.pieces,
+        "num_stages": min(tile.stages, 1 + triton.cdiv(inner, tile.inner)),
+        **launch_options(tile.threads),
+    }
+
+
 # ---- launchers -------------------------------------------------------------------------------------------------------
 
 
@@ -918,25 +931,13 @@ def conv1x1_bn_act_apply(
             EVEN=a.channels % tile.inner == 0,
             EVEN2=a2 is None or a2.channels % tile.inner == 0,
             EVEN_COLS=k % tile.n == 0,
-            **_options(tile, device, y.dtype),
+            **_options(tile, device, y.dtype, max(a.channels, a2.channels if a2 else 0)),
         )
         if save_mask and not in_kernel:
             _mask_kernel[(triton.cdiv(out.numel(), MASK_BLOCK),)](
                 out, mask, out.numel(), mask.numel(), BLOCK=MASK_BLOCK, **launch_options(128)
             )
     return out, mask
-
-
-def _options(tile: Tile, device: common.Device, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "PRECISION": _precision(device, dtype),
-        "BLOCK_M": tile.m,
-        "BLOCK_N": tile.n,
-        "BLOCK_I": tile.inner,
-        "PIECES": tile.pieces,
-        "num_stages": tile.stages,
-        **launch_options(tile.threads),
-    }
 
 
 def conv1x1_bn_act_backward_apply(
@@ -1032,7 +1033,7 @@ def conv1x1_bn_act_backward_apply(
             EVEN=k % tile.inner == 0,
             EVEN2=all(width % tile.inner == 0 for width in widths),
             EVEN_COLS=all(width % tile.n == 0 for width in widths),
-            **_options(tile, device, y.dtype),
+            **_options(tile, device, y.dtype, max(k, *widths)),
         )
     return results[0], results[1]
 

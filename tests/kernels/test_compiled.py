@@ -52,10 +52,13 @@ def check_gemm(row: dict, name: str) -> None:
     assert row["shared"] <= SHARED[row["target"]], f"{name}: {row['shared']} bytes of shared memory"
     if " odd " in row["case"]:
         return
+    if " unaligned " in row["case"]:
+        assert row["load"] >= 8, f"{name}: widest load {row['load']}"
+        return
     assert row["load"] == 16, f"{name}: widest load {row['load']}"
     assert row["wide_loads"] >= 4, f"{name}: {row['wide_loads']} loads of 16 bytes"
-    # a partial result goes out as the accumulators lie
-    assert row["store"] == 16 or row["kernel"] == "_columns_kernel", f"{name}: widest store {row['store']}"
+    # on AMD some results go out as the accumulators lie
+    assert row["store"] >= (8 if row["target"] == "gfx942" else 16), f"{name}: widest store {row['store']}"
 
 
 def check(row: dict) -> None:
