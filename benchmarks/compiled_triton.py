@@ -277,6 +277,13 @@ def _matrix(text: str, pattern: str) -> str:
     return " ".join(sorted(set(re.findall(pattern, text))))
 
 
+def chained_dots(built: Any) -> int:
+    """Dots that add to what an earlier one left, in the accumulators of the tensor cores."""
+    ir = built.asm["ttir"]
+    zeros = set(re.findall(r"(%\w+) = arith\.constant dense<0\.0+e\+00>", ir))
+    return sum(accumulator not in zeros for accumulator in re.findall(r"tt\.dot %\S+, %\S+, (%\w+)", ir))
+
+
 def _nvidia(built: Any) -> dict[str, Any]:
     ptx = built.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -324,8 +331,8 @@ def rows(targets: tuple[str, ...] = tuple(TARGETS), pattern: str = "*") -> Itera
 
     Keys: ``case`` (op, dtype, layout), ``kernel``, ``target``, ``warps``; ``registers`` per thread, ``spills`` (bytes
     of local memory; AMD: vector registers), ``shared`` memory in bytes, ``load`` and ``store`` (bytes of the widest
-    global access), ``wide_loads`` and ``wide_stores`` (number of 16-byte ones), ``float_atomics``, and ``matrix``: the
-    matrix instructions.
+    global access), ``wide_loads`` and ``wide_stores`` (number of 16-byte ones), ``float_atomics``, ``matrix``
+    (instructions) and ``chained_dots`` (:func:`chained_dots`).
     """
     done: dict[Any, dict[str, Any]] = {}
     for case, call in cases().items():
@@ -338,6 +345,7 @@ def rows(targets: tuple[str, ...] = tuple(TARGETS), pattern: str = "*") -> Itera
                 if key not in done:
                     built = triton.compile(source, target=TARGETS[target], options=options)
                     done[key] = _nvidia(built) if TARGETS[target].backend == "cuda" else _amd(built)
+                    done[key]["chained_dots"] = chained_dots(built)
                 yield {
                     "case": case,
                     "kernel": kernel.fn.__name__,

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
-from .common import INTERPRET, clear_padding, kept, launch_options, pack, round_to, unpack
+from .common import INTERPRET, clear_padding, kept, launch_options, pack, round_to, unpack, wide_dtype
 
 # Launch arguments that must not make a new variant of a kernel: what divides a width is told by ALIGN.
 SCALARS = [
@@ -722,7 +722,10 @@ FLOAT64_TENSOR_CORES = (
     "gfx942",
 )  # at half the rate of float32 or more
 ODD_TILE = Tile(64, 64, 32, 256, 2)
-MAX_CHUNK_ROWS = 4096  # promotions into one accumulator: 32 of 128 rows
+# Of a program that reduces: how much a float32 accumulator gets to add. Statistics are differences of large sums;
+# products have large partial results.
+MOMENTS_CHUNK_ROWS, REDUCE_CHUNK_ROWS = 4096, 8192
+WIDE_ROWS = 2**31  # from which rows are counted in 64 bits
 ORIGIN_ROWS = 128
 COMBINE_PARTS, COMBINE_ELEMENTS = 32, 2048  # of a block that a program adds
 MASK_BLOCK = 2048
@@ -823,16 +826,16 @@ def _check(y: Tensor, other: Tensor | None, shape: tuple[int, ...], name: str) -
         raise RuntimeError(f"{name} must have shape {shape}, be dense and on the device of y")
 
 
-def _check_dtype(y: Tensor, *others: Tensor | None) -> None:
-    if any(other is not None and other.dtype != y.dtype for other in others):
-        raise RuntimeError("tensors must have the dtype of y")
+def _check_dtype(dtype: torch.dtype, *others: Tensor | None) -> None:
+    if any(other is not None and other.dtype != dtype for other in others):
+        raise RuntimeError(f"tensors must be {dtype}")
 
 
 def _check_pair(y: Operand, y2: Operand | None) -> None:
     _check_y(y.tensor, y.stride)
     if y2 is not None:
         _check_y(y2.tensor, y2.stride)
-        _check_dtype(y.tensor, y2.tensor)
+        _check_dtype(y.tensor.dtype, y2.tensor)
         if y2.out_size != y.out_size or y2.tensor.device != y.tensor.device:
             raise RuntimeError("y and y2 must have the same pixels")
 
@@ -881,7 +884,8 @@ def conv1x1_bn_act_apply(
     _check(y, folded2, (k, a2.channels if a2 else 0), "folded2")
     _check(y, shift, (k,), "shift")
     _check(y, residual, (n, k, h, w), "residual")
-    _check_dtype(y, folded, folded2, residual)
+    _check_dtype(y.dtype, folded, folded2, residual)
+    _check_dtype(wide_dtype(y), shift)
     if (y2 is None) != (folded2 is None):
         raise RuntimeError("y2 and folded2 go together")
     out = _empty(y, n, k, h, w)
@@ -924,7 +928,7 @@ def conv1x1_bn_act_apply(
             STRIDED=_strided(a),
             STRIDED2=_strided(a2),
             STRIDED_OUT=False,
-            WIDE=a.rows + tile.m >= 2**31,
+            WIDE=a.rows + tile.m >= WIDE_ROWS,
             ALIGN=align,
             ALIGN2=align2,
             ALIGN_OUT=align_out,
@@ -966,7 +970,8 @@ def conv1x1_bn_act_backward_apply(
     (n, h, w), k = first.out_size, folded.size(0)
     _check(y, dy, (n, k, h, w), "dy")
     _check(y, mask, (_mask_bytes(dy.numel()),), "mask")
-    _check_dtype(y, dy)
+    _check_dtype(torch.uint8, mask)
+    _check_dtype(y.dtype, dy)
     outputs: list[tuple[Operand, Tensor, Tensor, Tensor, Tensor]] = []
     results = []
     for operand, needed, matrices in (
@@ -982,7 +987,8 @@ def conv1x1_bn_act_backward_apply(
         _check(y, matrices[0], (k, c), "folded")
         _check(y, matrices[1], (c, c), "mixing")
         _check(y, matrices[2], (c,), "offset")
-        _check_dtype(y, *matrices[:2])
+        _check_dtype(y.dtype, *matrices[:2])
+        _check_dtype(wide_dtype(y), matrices[2])
         results.append(_empty(y, operand.tensor.size(0), c, *operand.tensor.shape[2:]))
         outputs.append((operand, *matrices, results[-1]))
     outputs = [output for output in outputs if output[-1].numel()]
@@ -1026,7 +1032,7 @@ def conv1x1_bn_act_backward_apply(
             STRIDED=False,
             STRIDED2=strided,
             STRIDED_OUT=strided,
-            WIDE=operand.rows + tile.m >= 2**31,
+            WIDE=operand.rows + tile.m >= WIDE_ROWS,
             ALIGN=align,
             ALIGN2=align2,
             ALIGN_OUT=align2,
@@ -1039,10 +1045,10 @@ def conv1x1_bn_act_backward_apply(
 
 
 @functools.lru_cache(maxsize=4096)
-def _chunk_rows(rows: int, tiles: int, tile: Tile, processors: int) -> int:
+def _chunk_rows(rows: int, tiles: int, tile: Tile, processors: int, most: int) -> int:
     """Rows per program: one wave of programs where no accumulator gets too many."""
     splits = max(1, processors * tile.resident // tiles)
-    wanted = min(triton.cdiv(rows, splits), MAX_CHUNK_ROWS)
+    wanted = min(triton.cdiv(rows, splits), most)
     return triton.cdiv(wanted, tile.inner) * tile.inner
 
 
@@ -1072,7 +1078,8 @@ def _columns(
     tile = _tile(table, device, itemsize, b.channels > NARROW, min(align, align2))
     across = [triton.cdiv(width, tile.n) for width in widths]
     tiles = across[0] * (across[0] + 1) // 2 if symmetric else max(1, sum(across)) * triton.cdiv(a_width, tile.m)
-    chunk_rows = _chunk_rows(rows, tiles, tile, device.processors)
+    most = MOMENTS_CHUNK_ROWS if symmetric else REDUCE_CHUNK_ROWS
+    chunk_rows = _chunk_rows(rows, tiles, tile, device.processors, most)
     splits = triton.cdiv(rows, chunk_rows)
     wide = torch.float64 if exact else torch.float32
     partial = y.new_empty((splits, a_width, sum(widths)), dtype=wide) if widths else None
@@ -1108,7 +1115,7 @@ def _columns(
         # elsewhere the compiler keeps only one use of a load asynchronous
         SINGLE=symmetric and tiles == 1 and not exact and _arch(device) in ("sm90", "sm100"),
         STRIDED=_strided(b, second),
-        WIDE=rows + chunk_rows >= 2**31,
+        WIDE=rows + chunk_rows >= WIDE_ROWS,
         ALIGN=align,
         ALIGN2=align2,
         EVEN=a_width % tile.m == 0,
@@ -1185,7 +1192,8 @@ def conv1x1_bn_act_backward_reduce(
     (n, h, w), k = operand.out_size, dy.size(1)
     _check(y, dy, (n, k, h, w), "dy")
     _check(y, mask, (_mask_bytes(dy.numel()),), "mask")
-    _check_dtype(y, dy)
+    _check_dtype(torch.uint8, mask)
+    _check_dtype(y.dtype, dy)
     g = torch.empty_like(dy) if need_g else y.new_empty(0)
     sum_g = y.new_empty(k, dtype=torch.float64)
     c, c2 = operand.channels, second.channels if second else 0

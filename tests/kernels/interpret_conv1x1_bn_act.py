@@ -56,7 +56,8 @@ def _small_tiles(monkeypatch):
     rows, columns = kernels.Tile(16, 32, 16, 128, 1, pieces=2), kernels.Tile(16, 16, 16, 128, 1)
     for table, tile in (("APPLY", rows), ("BACKWARD", rows), ("MOMENTS", columns), ("REDUCE", columns)):
         monkeypatch.setattr(kernels, f"{table}_TILES", {("other", size): (tile, tile) for size in (2, 4, 8)})
-    monkeypatch.setattr(kernels, "MAX_CHUNK_ROWS", 32)
+    monkeypatch.setattr(kernels, "MOMENTS_CHUNK_ROWS", 32)
+    monkeypatch.setattr(kernels, "REDUCE_CHUNK_ROWS", 32)
     monkeypatch.setattr(kernels, "ODD_TILE", columns)
     monkeypatch.setattr(kernels, "COMBINE_PARTS", 2)
     monkeypatch.setattr(kernels, "COMBINE_ELEMENTS", 64)
@@ -338,6 +339,17 @@ def test_nothing_asked_for_launches_nothing():
     assert [r.shape for r in results] == [(0,), (0,)]
 
 
+def test_rows_counted_in_64_bits(monkeypatch):
+    monkeypatch.setattr(kernels, "WIDE_ROWS", 0)
+    y = image((2, 16, 5, 4), torch.bfloat16)
+    rows = matrix(y, 2)
+    centred = rows - rows.mean(0)
+    assert_summed(kernels.conv1x1_moments(y, 2)[1], centred.T @ centred, rows.abs().T @ rows.abs(), False)
+    check_apply(y, 24, 2, None, 1, None, True, True)
+    check_reduce(y, 24, 2, None, 1, True, True, True)
+    check_backward_apply(y, 24, 2, None, 1, True, (True, False))
+
+
 def check_real_tiles(monkeypatch, dtype: str, arch: str) -> None:
     """The tables as they are: tails in all directions."""
     monkeypatch.undo()
@@ -391,7 +403,12 @@ def test_refuses_what_does_not_fit():
     wrong = itertools.chain(
         ({"y": t} for t in (y.contiguous(), y[0], y.bfloat16())),
         ({"folded": t} for t in (folded[:, :7], folded.t().contiguous().t(), folded.bfloat16())),
-        [{"shift": shift[:3]}, {"stride": 0}, {"residual": image((2, 16, 4, 3), torch.float32)}],
+        [
+            {"shift": shift[:3]},
+            {"shift": shift.double()},
+            {"stride": 0},
+            {"residual": image((2, 16, 4, 3), torch.float32)},
+        ],
         [{"residual": image((2, 16, 3, 4), torch.bfloat16)}, {"y2": y}, {"folded2": folded}],
         [{"y2": image((2, 8, 5, 4), torch.float32), "folded2": folded}],
     )

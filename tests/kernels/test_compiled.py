@@ -49,6 +49,9 @@ def check_gemm(row: dict, name: str) -> None:
     float64 = " f64 " in row["case"] or ("moments" in row["case"] and " f32 " in row["case"])
     matrix = "mma" if float64 and row["target"] != "gfx942" else MATRIX[row["target"]]
     assert row["matrix"] == matrix, f"{name}: {row['matrix']}"
+    # a reduction over rows leaves the float32 accumulators of the tensor cores at every step
+    chained = row["kernel"] == "_rows_kernel" or float64
+    assert (row["chained_dots"] > 0) == chained, f"{name}: {row['chained_dots']} dots add to earlier ones"
     assert row["shared"] <= SHARED[row["target"]], f"{name}: {row['shared']} bytes of shared memory"
     if " odd " in row["case"]:
         return
