@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import itertools
 import json
 import re
 import subprocess
@@ -109,40 +110,31 @@ class _Call:
     def moments(self, stride: int = 1) -> None:
         conv1x1_bn_act.conv1x1_moments(self.x, stride)
 
-    def folded(self, k: int, stride: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        """Weight, mixing and offset of a folded convolution of x; dy and its mask."""
-        c, wide = self.x.size(1), common.wide_dtype(self.x)
-        return _meta((k, c), self.dtype), _meta((c, c), self.dtype), _meta((c,), wide)
+    def folded(self, c: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight, mixing and offset of a folded convolution of c channels."""
+        return _meta((k, c), self.dtype), _meta((c, c), self.dtype), _meta((c,), common.wide_dtype(self.x))
 
-    def gradient(self, k: int, stride: int) -> tuple[Tensor, Tensor]:
+    def gradient(self, k: int) -> tuple[Tensor, Tensor]:
+        """Of a convolution of x to k channels, and its mask."""
         n, _, h, w = self.x.shape
-        dy = _meta((n, k, -(-h // stride), -(-w // stride)), self.dtype)
-        return dy, _meta((dy.numel() // 16 * 2 + 2 * (dy.numel() % 16 > 0),), torch.uint8)
+        dy = _meta((n, k, h, w), self.dtype)
+        return dy, _meta((triton.cdiv(dy.numel(), 16) * 2,), torch.uint8)
 
     def folded_apply(self, k: int, x2: tuple[int, ...] | None = None) -> None:
-        """With residual, or with x2 as the shortcut at stride 2."""
-        dy, _ = self.gradient(k, 1)
-        y2 = None if x2 is None else _meta(x2, self.dtype)
-        folded2 = None if x2 is None else _meta((k, x2[1]), self.dtype)
-        shift = _meta((k,), common.wide_dtype(self.x))
-        residual = dy if y2 is None else None
-        conv1x1_bn_act.conv1x1_bn_act_apply(self.x, self.folded(k)[0], shift, 1, y2, folded2, 2, residual, True, True)
+        """With a residual, or with x2 as the shortcut at stride 2."""
+        y2, folded2 = (None, None) if x2 is None else (_meta(x2, self.dtype), self.folded(x2[1], k)[0])
+        residual = self.gradient(k)[0] if x2 is None else None
+        folded, shift = self.folded(self.x.size(1), k)[0], _meta((k,), common.wide_dtype(self.x))
+        conv1x1_bn_act.conv1x1_bn_act_apply(self.x, folded, shift, 1, y2, folded2, 2, residual, True, True)
 
     def folded_reduce(self, k: int, x2: tuple[int, ...] | None = None, need_g: bool = False) -> None:
         y2 = None if x2 is None else _meta(x2, self.dtype)
-        conv1x1_bn_act.conv1x1_bn_act_backward_reduce(*self.gradient(k, 1), self.x, 1, y2, 2, need_g, True)
+        conv1x1_bn_act.conv1x1_bn_act_backward_reduce(*self.gradient(k), self.x, 1, y2, 2, need_g, True)
 
     def folded_backward(self, k: int, x2: tuple[int, ...] | None = None) -> None:
-        other = None if x2 is None else _meta(x2, self.dtype)
-        folded2 = (None,) * 3
-        if x2 is not None:
-            folded2 = (
-                _meta((k, x2[1]), self.dtype),
-                _meta((x2[1], x2[1]), self.dtype),
-                _meta((x2[1],), common.wide_dtype(self.x)),
-            )
+        second = (None,) * 4 if x2 is None else (_meta(x2, self.dtype), *self.folded(x2[1], k))
         conv1x1_bn_act.conv1x1_bn_act_backward_apply(
-            *self.gradient(k, 1), self.x, *self.folded(k), 1, other, *folded2, 2, True, x2 is not None
+            *self.gradient(k), self.x, *self.folded(self.x.size(1), k), 1, *second, 2, True, x2 is not None
         )
 
     def add_act(self) -> None:
@@ -154,7 +146,34 @@ _LARGE = (256, 256, 56, 56)
 _SMALL = (32, 512, 7, 7)
 _STEM_SHAPE = (256, 64, 112, 112)
 _NARROW, _WIDE = (256, 64, 56, 56), (256, 512, 7, 7)  # inputs of the last convolution of a first and a last block
-_SHORTCUT = (256, 256, 56, 56)  # of the second stage, for 128 channels of 28 x 28
+_MIDDLE = (256, 128, 28, 28)
+_SHORTCUT, _WIDE_SHORTCUT = (256, 256, 56, 56), (256, 1024, 14, 14)  # of the blocks of _MIDDLE and _WIDE
+
+
+_CONV1X1 = {
+    "conv1x1_bn_act_apply": "folded_apply",
+    "conv1x1_bn_act_backward_reduce": "folded_reduce",
+    "conv1x1_bn_act_backward_apply": "folded_backward",
+}
+
+
+def _add_conv1x1(add: Callable[..., None]) -> None:
+    sizes = {"narrow": _NARROW, "wide": _WIDE}
+    for (size, shape), dtype in itertools.product(sizes.items(), ("bf16", "f32")):
+        add(f"conv1x1_moments {size}", shape, dtype, "channels_last", "moments")
+        for name, method in _CONV1X1.items():
+            add(f"{name} {size}", shape, dtype, "channels_last", method, k=4 * shape[1])
+    for name, method in _CONV1X1.items():
+        add(f"{name} pair", _WIDE, "bf16", "channels_last", method, k=2048, x2=_WIDE_SHORTCUT)
+        add(f"{name} narrow pair", _MIDDLE, "bf16", "channels_last", method, k=512, x2=_SHORTCUT)
+        add(f"{name} odd", (64, 67, 28, 28), "bf16", "channels_last", method, k=130)
+        add(f"{name} odd", (64, 67, 28, 28), "f32", "channels_last", method, k=130)
+        add(f"{name} unaligned", (64, 84, 28, 28), "bf16", "channels_last", method, k=36)
+        add(f"{name} narrow", _NARROW, "f64", "channels_last", method, k=256)
+    for size, shape in sizes.items():
+        name = f"conv1x1_bn_act_backward_reduce+g {size}"
+        add(name, shape, "bf16", "channels_last", "folded_reduce", k=4 * shape[1], need_g=True)
+    add("conv1x1_moments strided", _SHORTCUT, "bf16", "channels_last", "moments", stride=2)
 
 
 def cases() -> dict[str, Callable[[], Any]]:
@@ -199,30 +218,7 @@ def cases() -> dict[str, Callable[[], Any]]:
     add("batch_norm_act cumulative", _LARGE, "bf16", "channels_last", "forward", momentum=None)
     add("batch_norm_act+residual odd", (64, 67, 28, 28), "bf16", "channels_last", "forward", residual=True)
     add("batch_norm_act_backward+residual odd", (64, 67, 28, 28), "bf16", "channels_last", "backward", residual=True)
-    for dtype in ("bf16", "f32"):
-        for size, shape in (("narrow", _NARROW), ("wide", _WIDE)):
-            add(f"conv1x1_moments {size}", shape, dtype, "channels_last", "moments")
-            add(f"conv1x1_bn_act_apply {size}", shape, dtype, "channels_last", "folded_apply", k=4 * shape[1])
-            add(
-                f"conv1x1_bn_act_backward_reduce {size}", shape, dtype, "channels_last", "folded_reduce", k=4 * shape[1]
-            )
-            add(
-                f"conv1x1_bn_act_backward_apply {size}",
-                shape,
-                dtype,
-                "channels_last",
-                "folded_backward",
-                k=4 * shape[1],
-            )
-    for name in ("apply", "reduce", "backward"):
-        case = f"conv1x1_bn_act_{'' if name == 'apply' else 'backward_'}{'apply' if name == 'backward' else name}"
-        shape = (256, 128, 28, 28)
-        add(f"{case} pair", shape, "bf16", "channels_last", f"folded_{name}", k=512, x2=_SHORTCUT)
-        add(f"{case} odd", (64, 67, 28, 28), "bf16", "channels_last", f"folded_{name}", k=130)
-        add(f"{case} odd", (64, 67, 28, 28), "f32", "channels_last", f"folded_{name}", k=130)
-        add(f"{case} unaligned", (64, 84, 28, 28), "bf16", "channels_last", f"folded_{name}", k=36)
-        add(f"{case} narrow", _NARROW, "f64", "channels_last", f"folded_{name}", k=256)
-    add("conv1x1_moments strided", _SHORTCUT, "bf16", "channels_last", "moments", stride=2)
+    _add_conv1x1(add)
     return table
 
 
