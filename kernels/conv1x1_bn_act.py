@@ -531,9 +531,12 @@ def _columns_kernel(
         if b_ptr is not None:
             if SINGLE:
                 b = a
-            product = _dot(tl.trans(a), b, tl.zeros([BLOCK_M, BLOCK_N], compute), PRECISION)
-            # not `+`, which the compiler would move into the accumulator of the tensor cores
-            total = tl.fma(product, 1.0, total)
+            if compute == tl.float64:
+                total = _dot(tl.trans(a), b, total, PRECISION)
+            else:
+                product = _dot(tl.trans(a), b, tl.zeros([BLOCK_M, BLOCK_N], compute), PRECISION)
+                # not `+`, which the compiler would move into the accumulator of the tensor cores
+                total = tl.fma(product, 1.0, total)
     if first:
         to = sums_ptr + split.to(tl.int64) * m + col_m
         tl.store(to, tl.sum(sums.to(tl.float64), 0), mask=col_m < m)
@@ -690,9 +693,9 @@ MOMENTS_TILES = {
     ("gfx9", 2): (Tile(64, 64, 64, 256, 2, resident=2), Tile(128, 128, 32, 256, 2)),
     ("other", 2): (Tile(64, 64, 32, 128, 3, resident=2),) * 2,
     ("other", 4): (Tile(64, 64, 16, 128, 3, resident=2),) * 2,
-    ("sm80", 8): (Tile(64, 64, 32, 256, 3),) * 2,
-    ("sm90", 8): (Tile(64, 64, 32, 256, 3),) * 2,
-    ("sm100", 8): (Tile(64, 64, 32, 256, 3),) * 2,
+    ("sm80", 8): (Tile(64, 64, 32, 256, 3, resident=2),) * 2,
+    ("sm90", 8): (Tile(64, 64, 32, 256, 3, resident=2),) * 2,
+    ("sm100", 8): (Tile(64, 64, 32, 256, 3, resident=2),) * 2,
     ("gfx9", 8): (Tile(64, 64, 16, 256, 2),) * 2,
     ("other", 8): (Tile(32, 32, 16, 128, 3, resident=2),) * 2,
 }

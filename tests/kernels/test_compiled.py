@@ -23,10 +23,10 @@ QUICK = [
     ("gfx942", "batch_norm_act_backward+residual bf16 channels_last"),
     ("gfx942", "batch_norm_act_max_pool_backward bf16 channels_last"),
     ("90", "conv1x1_* bf16 channels_last"),
-    ("90", "conv1x1_bn_act_* narrow f32 channels_last"),
-    ("80", "conv1x1_* narrow bf16 channels_last"),
-    ("100", "conv1x1_bn_act_* wide bf16 channels_last"),
-    ("gfx942", "conv1x1_* narrow bf16 channels_last"),
+    ("90", "conv1x1_bn_act_backward_* narrow f32 channels_last"),
+    ("80", "conv1x1_bn_act_backward_* narrow bf16 channels_last"),
+    ("100", "conv1x1_bn_act_backward_* wide bf16 channels_last"),
+    ("gfx942", "conv1x1_bn_act_backward_* narrow bf16 channels_last"),
 ]
 SHARED = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}  # bytes that a program may have
 MATRIX = {"80": "mma", "90": "wgmma", "100": "tcgen05", "gfx942": "mfma"}
