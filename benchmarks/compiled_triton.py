@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import itertools
 import json
 import re
 import subprocess
@@ -29,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fusedres.kernels import add_act, batch_norm_act, batch_norm_act_max_pool, common
+from fusedres.kernels import add_act, batch_norm_act, batch_norm_act_max_pool, common, conv1x1_bn_act
 
 TARGETS = {
     "80": GPUTarget("cuda", 80, 32),
@@ -37,7 +38,7 @@ TARGETS = {
     "100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DEVICE = common.Device(132, 50 << 20)
+PROCESSORS, L2_BYTES = 132, 50 << 20
 _DTYPES = {
     "bf16": (torch.bfloat16, torch.float32),
     "f16": (torch.float16, torch.float32),
@@ -106,6 +107,36 @@ class _Call:
             dy, self.x, *self.affine, self.stats, training, True, *_STEM, True, True
         )
 
+    def moments(self, stride: int = 1) -> None:
+        conv1x1_bn_act.conv1x1_moments(self.x, stride)
+
+    def folded(self, c: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight, mixing and offset of a folded convolution of c channels."""
+        return _meta((k, c), self.dtype), _meta((c, c), self.dtype), _meta((c,), common.wide_dtype(self.x))
+
+    def gradient(self, k: int) -> tuple[Tensor, Tensor]:
+        """Of a convolution of x to k channels, and its mask."""
+        n, _, h, w = self.x.shape
+        dy = _meta((n, k, h, w), self.dtype)
+        return dy, _meta((triton.cdiv(dy.numel(), 16) * 2,), torch.uint8)
+
+    def folded_apply(self, k: int, x2: tuple[int, ...] | None = None) -> None:
+        """With a residual, or with x2 as the shortcut at stride 2."""
+        y2, folded2 = (None, None) if x2 is None else (_meta(x2, self.dtype), self.folded(x2[1], k)[0])
+        residual = self.gradient(k)[0] if x2 is None else None
+        folded, shift = self.folded(self.x.size(1), k)[0], _meta((k,), common.wide_dtype(self.x))
+        conv1x1_bn_act.conv1x1_bn_act_apply(self.x, folded, shift, 1, y2, folded2, 2, residual, True, True)
+
+    def folded_reduce(self, k: int, x2: tuple[int, ...] | None = None, need_g: bool = False) -> None:
+        y2 = None if x2 is None else _meta(x2, self.dtype)
+        conv1x1_bn_act.conv1x1_bn_act_backward_reduce(*self.gradient(k), self.x, 1, y2, 2, need_g, True)
+
+    def folded_backward(self, k: int, x2: tuple[int, ...] | None = None) -> None:
+        second = (None,) * 4 if x2 is None else (_meta(x2, self.dtype), *self.folded(x2[1], k))
+        conv1x1_bn_act.conv1x1_bn_act_backward_apply(
+            *self.gradient(k), self.x, *self.folded(self.x.size(1), k), 1, *second, 2, True, x2 is not None
+        )
+
     def add_act(self) -> None:
         _, mask = add_act.add_act(self.x, self.x, True, True)
         add_act.add_act_backward(self.x, mask)
@@ -114,6 +145,35 @@ class _Call:
 _LARGE = (256, 256, 56, 56)
 _SMALL = (32, 512, 7, 7)
 _STEM_SHAPE = (256, 64, 112, 112)
+_NARROW, _WIDE = (256, 64, 56, 56), (256, 512, 7, 7)  # inputs of the last convolution of a first and a last block
+_MIDDLE = (256, 128, 28, 28)
+_SHORTCUT, _WIDE_SHORTCUT = (256, 256, 56, 56), (256, 1024, 14, 14)  # of the blocks of _MIDDLE and _WIDE
+
+
+_CONV1X1 = {
+    "conv1x1_bn_act_apply": "folded_apply",
+    "conv1x1_bn_act_backward_reduce": "folded_reduce",
+    "conv1x1_bn_act_backward_apply": "folded_backward",
+}
+
+
+def _add_conv1x1(add: Callable[..., None]) -> None:
+    sizes = {"narrow": _NARROW, "wide": _WIDE}
+    for (size, shape), dtype in itertools.product(sizes.items(), ("bf16", "f32")):
+        add(f"conv1x1_moments {size}", shape, dtype, "channels_last", "moments")
+        for name, method in _CONV1X1.items():
+            add(f"{name} {size}", shape, dtype, "channels_last", method, k=4 * shape[1])
+    for name, method in _CONV1X1.items():
+        add(f"{name} pair", _WIDE, "bf16", "channels_last", method, k=2048, x2=_WIDE_SHORTCUT)
+        add(f"{name} narrow pair", _MIDDLE, "bf16", "channels_last", method, k=512, x2=_SHORTCUT)
+        add(f"{name} odd", (64, 67, 28, 28), "bf16", "channels_last", method, k=130)
+        add(f"{name} odd", (64, 67, 28, 28), "f32", "channels_last", method, k=130)
+        add(f"{name} unaligned", (64, 84, 28, 28), "bf16", "channels_last", method, k=36)
+        add(f"{name} narrow", _NARROW, "f64", "channels_last", method, k=256)
+    for size, shape in sizes.items():
+        name = f"conv1x1_bn_act_backward_reduce+g {size}"
+        add(name, shape, "bf16", "channels_last", "folded_reduce", k=4 * shape[1], need_g=True)
+    add("conv1x1_moments strided", _SHORTCUT, "bf16", "channels_last", "moments", stride=2)
 
 
 def cases() -> dict[str, Callable[[], Any]]:
@@ -158,11 +218,12 @@ def cases() -> dict[str, Callable[[], Any]]:
     add("batch_norm_act cumulative", _LARGE, "bf16", "channels_last", "forward", momentum=None)
     add("batch_norm_act+residual odd", (64, 67, 28, 28), "bf16", "channels_last", "forward", residual=True)
     add("batch_norm_act_backward+residual odd", (64, 67, 28, 28), "bf16", "channels_last", "backward", residual=True)
+    _add_conv1x1(add)
     return table
 
 
-def launches(call: Callable[[], Any], wavefront: int = 32) -> list[tuple[JITFunction, dict[str, Any]]]:
-    """What ``call`` launches: kernels and their arguments by name; nothing runs."""
+def launches(call: Callable[[], Any], target: str = "90") -> list[tuple[JITFunction, dict[str, Any]]]:
+    """What ``call`` launches on a target: kernels and their arguments by name; nothing runs."""
     seen: list[tuple[JITFunction, dict[str, Any]]] = []
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -170,8 +231,8 @@ def launches(call: Callable[[], Any], wavefront: int = 32) -> list[tuple[JITFunc
 
     with (
         mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(common, "device_of", return_value=DEVICE),
-        mock.patch.object(common, "WAVEFRONT", wavefront),
+        mock.patch.object(common, "device_of", return_value=common.Device(PROCESSORS, L2_BYTES, target)),
+        mock.patch.object(common, "WAVEFRONT", TARGETS[target].warp_size),
     ):
         call()
     return seen
@@ -207,22 +268,36 @@ def _widest(text: str, pattern: str) -> int:
     return max((int(n or 1) * int(bits) // 8 for n, bits in re.findall(pattern, text)), default=0)
 
 
+def _matrix(text: str, pattern: str) -> str:
+    """The matrix instructions that are there, by name; empty: none."""
+    return " ".join(sorted(set(re.findall(pattern, text))))
+
+
+def chained_dots(built: Any) -> int:
+    """Dots that add to what an earlier one left, in the accumulators of the tensor cores."""
+    ir = built.asm["ttir"]
+    zeros = set(re.findall(r"(%\w+) = arith\.constant dense<0\.0+e\+00>", ir))
+    return sum(accumulator not in zeros for accumulator in re.findall(r"tt\.dot %\S+, %\S+, (%\w+)", ir))
+
+
 def _nvidia(built: Any) -> dict[str, Any]:
     ptx = built.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(built.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    copies = [int(n, 16) for n in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x[0-9a-f]+)[,;]", ptx)]
     found = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
     return {
         "registers": int(found["REG"]),
         "spills": int(found["LOCAL"]) + int(found["STACK"]),  # bytes of local memory per thread
         "shared": built.metadata.shared,
-        "load": _widest(ptx, r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bufs](\d+)\b"),
+        "load": max(_widest(ptx, r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bufs](\d+)\b"), *copies, 0),
         "store": _widest(ptx, r"st\.global[\w.:]*?(?:\.v(\d))?\.[bufs](\d+)\b"),
-        "wide_loads": len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)),
+        "wide_loads": len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)) + copies.count(16),
         "wide_stores": len(re.findall(r"st\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)),
         "float_atomics": len(re.findall(r"\b(?:atom|red)\S*\.f(?:16|32|64)", ptx)),
+        "matrix": _matrix(ptx, r"\b(wgmma|tcgen05|mma)\.(?:mma|sync)"),
     }
 
 
@@ -243,6 +318,7 @@ def _amd(built: Any) -> dict[str, Any]:
         "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4\b", asm)),
         "wide_stores": len(re.findall(r"(?:global|buffer)_store_dwordx4\b", asm)),
         "float_atomics": len(re.findall(r"atomic_(?:p?k_)?add_(?:f16|f32|f64|bf16)", asm)),
+        "matrix": _matrix(asm, r"\bv_(mfma)_"),
     }
 
 
@@ -251,19 +327,21 @@ def rows(targets: tuple[str, ...] = tuple(TARGETS), pattern: str = "*") -> Itera
 
     Keys: ``case`` (op, dtype, layout), ``kernel``, ``target``, ``warps``; ``registers`` per thread, ``spills`` (bytes
     of local memory; AMD: vector registers), ``shared`` memory in bytes, ``load`` and ``store`` (bytes of the widest
-    global access), ``wide_loads`` and ``wide_stores`` (number of 16-byte ones), ``float_atomics``.
+    global access), ``wide_loads`` and ``wide_stores`` (number of 16-byte ones), ``float_atomics``, ``matrix``
+    (instructions) and ``chained_dots`` (:func:`chained_dots`).
     """
     done: dict[Any, dict[str, Any]] = {}
     for case, call in cases().items():
         if not fnmatch.fnmatchcase(case, pattern):
             continue
         for target in targets:
-            for kernel, arguments in launches(call, TARGETS[target].warp_size):
+            for kernel, arguments in launches(call, target):
                 source, options = source_of(kernel, dict(arguments))
                 key = (source.hash(), target)
                 if key not in done:
                     built = triton.compile(source, target=TARGETS[target], options=options)
                     done[key] = _nvidia(built) if TARGETS[target].backend == "cuda" else _amd(built)
+                    done[key]["chained_dots"] = chained_dots(built)
                 yield {
                     "case": case,
                     "kernel": kernel.fn.__name__,

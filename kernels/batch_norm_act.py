@@ -22,6 +22,7 @@ from .common import (
     channel_of,
     check,
     chunk_of,
+    clear_padding,
     geometry,
     in_reverse,
     kept,
@@ -283,13 +284,6 @@ def _apply_rows(
             tl.store(mask_ptr + byte_at + byte_offset, bytes, mask=row_exists & byte_exists)
 
 
-@triton.jit
-def _clear_padding(mask_ptr, rows, width):
-    """The last byte of a channels_last mask where the last word is half full."""
-    elements = rows.to(tl.int64) * width
-    tl.store(mask_ptr + elements // 8, tl.zeros([], tl.uint8), mask=elements % 16 == 8)
-
-
 @triton.jit(do_not_specialize=SCALARS)
 def _apply_kernel(
     x_ptr,
@@ -327,7 +321,7 @@ def _apply_kernel(
 ):
     program = tl.program_id(0)
     if mask_ptr is not None and LAYOUT == "channels_last" and program == 0:
-        _clear_padding(mask_ptr, rows, units * VEC)
+        clear_padding(mask_ptr, rows, units * VEC)
     program = program + reverse * (tl.num_programs(0) - 1 - 2 * program)
     slab, col_tile, chunk = split_program(program, slabs, col_tiles)
     row, count = chunk_of(chunk, chunk_rows, rows)
@@ -501,7 +495,7 @@ def _one_pass_kernel(
         if counter2_ptr is not None:
             tl.store(counter2_ptr, tl.load(counter2_ptr) + 1)
         if mask_ptr is not None and LAYOUT == "channels_last":
-            _clear_padding(mask_ptr, rows, width)
+            clear_padding(mask_ptr, rows, width)
     for i in range(col_tiles):
         col_tile = i + reverse * (col_tiles - 1 - 2 * i)
         _apply_rows(

@@ -287,6 +287,13 @@ def unpack(bytes, ROWS: tl.constexpr, COLS: tl.constexpr):
     return ((bytes.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1).reshape(ROWS, COLS) != 0
 
 
+@triton.jit
+def clear_padding(mask_ptr, rows, width):
+    """The last byte of a channels_last mask where the last word is half full."""
+    elements = rows.to(tl.int64) * width
+    tl.store(mask_ptr + elements // 8, tl.zeros([], tl.uint8), mask=elements % 16 == 8)
+
+
 # ---- launch plans ----------------------------------------------------------------------------------------------------
 
 
@@ -295,6 +302,7 @@ class Device(NamedTuple):
 
     processors: int
     l2_bytes: int
+    arch: str = ""  # "90" of sm_90, "gfx942"; "" in the interpreter
 
 
 INTERPRETED_DEVICE = Device(4, 1 << 20)
@@ -317,7 +325,8 @@ REVERSE_UP_TO = 2  # times L2: larger tensors leave too little behind in it
 @functools.cache
 def _device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    return Device(properties.multi_processor_count, properties.L2_cache_size)
+    arch = properties.gcnArchName if torch.version.hip else f"{properties.major}{properties.minor}"
+    return Device(properties.multi_processor_count, properties.L2_cache_size, arch)
 
 
 def device_of(x: Tensor) -> Device:
