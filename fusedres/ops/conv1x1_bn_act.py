@@ -209,11 +209,36 @@ def _conv1x1_bn_act_backward_apply_fake(
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
 
+def _triton_conv1x1_moments() -> Any:
+    from ..kernels.conv1x1_bn_act import conv1x1_moments
+
+    return conv1x1_moments
+
+
+def _triton_conv1x1_bn_act_apply() -> Any:
+    from ..kernels.conv1x1_bn_act import conv1x1_bn_act_apply
+
+    return conv1x1_bn_act_apply
+
+
+def _triton_conv1x1_bn_act_backward_reduce() -> Any:
+    from ..kernels.conv1x1_bn_act import conv1x1_bn_act_backward_reduce
+
+    return conv1x1_bn_act_backward_reduce
+
+
+def _triton_conv1x1_bn_act_backward_apply() -> Any:
+    from ..kernels.conv1x1_bn_act import conv1x1_bn_act_backward_apply
+
+    return conv1x1_bn_act_backward_apply
+
+
 CONV1X1_MOMENTS = define(
     "conv1x1_moments",
     "(Tensor y, int stride) -> (Tensor mean, Tensor cov)",
     _conv1x1_moments_reference,
     _conv1x1_moments_fake,
+    triton=_triton_conv1x1_moments,
 )
 
 CONV1X1_BN_ACT_APPLY = define(
@@ -222,6 +247,7 @@ CONV1X1_BN_ACT_APPLY = define(
     " bool relu, bool save_mask) -> (Tensor out, Tensor mask)",
     _conv1x1_bn_act_apply_reference,
     _conv1x1_bn_act_apply_fake,
+    triton=_triton_conv1x1_bn_act_apply,
 )
 
 CONV1X1_BN_ACT_BACKWARD_REDUCE = define(
@@ -230,6 +256,7 @@ CONV1X1_BN_ACT_BACKWARD_REDUCE = define(
     " -> (Tensor g, Tensor sum_g, Tensor products, Tensor products2)",
     _conv1x1_bn_act_backward_reduce_reference,
     _conv1x1_bn_act_backward_reduce_fake,
+    triton=_triton_conv1x1_bn_act_backward_reduce,
 )
 
 CONV1X1_BN_ACT_BACKWARD_APPLY = define(
@@ -239,6 +266,7 @@ CONV1X1_BN_ACT_BACKWARD_APPLY = define(
     " -> (Tensor dx, Tensor dx2)",
     _conv1x1_bn_act_backward_apply_reference,
     _conv1x1_bn_act_backward_apply_fake,
+    triton=_triton_conv1x1_bn_act_backward_apply,
 )
 
 OPS = (
