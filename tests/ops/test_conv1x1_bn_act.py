@@ -235,7 +235,7 @@ def test_rule_over_sizes(shape, channels, dtype, folds) -> None:
 @pytest.mark.parametrize("weights", ["random", "zero_sum"])
 @pytest.mark.parametrize("channels", [16, 64, 128, 256])
 def test_rule_over_distributions(channels, weights, distribution, dtype, folds) -> None:
-    case = _case((4, channels, 28, 28), 4 * channels, dtype=dtype, distribution=distribution, weights=weights)
+    case = _case((6, channels, 14, 14), 4 * channels, dtype=dtype, distribution=distribution, weights=weights)
     assert not verification.failures(replace(case, residual="channels_last"), folds)
     assert not verification.failures(replace(case, op=PAIR_1X1, conv=(4 * channels, 1, 2, 0, 1, False)), folds)
 
