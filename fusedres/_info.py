@@ -31,14 +31,6 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _capability() -> str:
-    if not registry.LIBRARIES["_C"].loaded:
-        return "none"
-    from . import _C
-
-    return _C.cpu_capability()
-
-
 def _devices() -> list[str]:
     devices = ["cpu"]
     devices += [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
@@ -65,7 +57,7 @@ def info() -> dict[str, Any]:
         "triton": _triton_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "libraries": {name: library.as_dict() for name, library in registry.LIBRARIES.items()},
-        "cpu": {"name": _cpu_name(), "threads": torch.get_num_threads(), "capability": _capability()},
+        "cpu": {"name": _cpu_name(), "threads": torch.get_num_threads(), "capability": registry.CPU_CAPABILITY},
         "devices": _devices(),
         "backend": registry.backend(),
         "choices": {f"cuda:{i}": registry.table_of(i).source for i in range(torch.cuda.device_count())},

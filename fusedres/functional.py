@@ -17,6 +17,7 @@ from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .ops import registry
 from .ops.add_act import ADD_ACT, ADD_ACT_BACKWARD, AddActFunction
@@ -1044,7 +1045,7 @@ class _Conv1x1:
     def __init__(self, y: Tensor, conv_weight: Tensor, stride: int | tuple[int, int], name: str = "stride") -> None:
         rows, columns = pair(name, stride)
         device = y.device.type
-        amp = torch.is_autocast_enabled(device) and y.dtype != torch.float64
+        amp = y.dtype != torch.float64 and not y.is_meta and torch.is_autocast_enabled(device)
         self.y, self.conv_weight, self.stride = y, conv_weight, rows
         self.dtype = torch.get_autocast_dtype(device) if amp else y.dtype
         self.fits = (
@@ -1092,7 +1093,7 @@ def _sums(device: str) -> str:
 
 def _is_blind(y: Tensor) -> bool:
     """Whether the call cannot look at values: it becomes part of a graph, or there are none."""
-    if is_compiling() or isinstance(y, FakeTensor):
+    if is_compiling() or isinstance(y, FakeTensor) or is_traceable_wrapper_subclass(y):
         return True
     return y.is_cuda and torch.cuda.is_current_stream_capturing()
 
@@ -1106,7 +1107,10 @@ def _folding_ops(
         ops = tuple(registry.serve(op, y) for op in CONV1X1_OPS)
     except RuntimeError:  # a forced backend without these kernels serves what follows the convolution
         ops = (None,)
-    traced = _is_traced() or (_is_blind(y) and not safe_unseen(dtype, _sums(y.device.type)))
+    blind = any(_is_blind(t) for c in convolutions for t in (c.y, c.conv_weight))
+    traced = _is_traced() or (blind and not safe_unseen(dtype, _sums(y.device.type)))
+    if not blind and torch.is_grad_enabled() and any(c.y.is_inference() for c in convolutions):
+        fits = False  # autograd would have to save it
     folds, _ = folding_choice(
         folding,
         dtype,
@@ -1115,6 +1119,7 @@ def _folding_ops(
         convolutions[0].conv_weight.size(0),
         min(c.pixels for c in convolutions) if fits else 0,
         image=convolutions[0].pixels // max(1, y.size(0)) if fits else 0,
+        capability=registry.CPU_CAPABILITY,
         training=training,
         traced=traced,
         served=None not in ops,

@@ -244,15 +244,13 @@ FUSEDRES_INLINE void with_forward(const ForwardArgs<T>& a, const F& f) {
 template <class T>
 void forward_rows(const ForwardArgs<T>& a, const Rows& rows, const Range& r) {
   const auto walk = [&](const auto& body) { map_rows(body, rows, r.begin, r.end, r.c0, r.c1); };
-  a.stream ? with_forward<T, true>(a, walk) : with_forward<T, false>(a, walk);
-  finish_streams(a.stream);
+  if (kHasStreams && a.stream) return with_forward<T, kHasStreams>(a, walk), finish_streams(true);
+  with_forward<T, false>(a, walk);
 }
 
 template <class T>
 void forward_planes(const ForwardArgs<T>& a, const Planes& planes, const Range& r) {
-  const auto walk = [&](const auto& body) { map_planes(body, planes, r.begin, r.end, r.c0, r.c1); };
-  a.stream ? with_forward<T, true>(a, walk) : with_forward<T, false>(a, walk);
-  finish_streams(a.stream);
+  with_forward<T, false>(a, [&](const auto& body) { map_planes(body, planes, r.begin, r.end, r.c0, r.c1); });
 }
 
 // ---- backward ----
@@ -367,11 +365,11 @@ FUSEDRES_INLINE void with_backward(const BackwardArgs<T>& a, const F& f) {
   }
 }
 
-template <class T, class F>
+template <class T, bool kStream, class F>
 FUSEDRES_INLINE void walk_backward(const BackwardArgs<T>& a, const F& f) {
   if (!a.uses_x && !a.uses_x2) return with_backward<T, false, false>(a, f);
-  a.stream ? with_backward<T, true, true>(a, f) : with_backward<T, true, false>(a, f);
-  finish_streams(a.stream);
+  if (kStream && a.stream) return with_backward<T, true, kStream>(a, f), finish_streams(true);
+  with_backward<T, true, false>(a, f);
 }
 
 template <class T>
@@ -396,12 +394,12 @@ void reduce_planes_of(const BackwardArgs<T>& a, const Planes& planes, const Rang
 
 template <class T>
 void backward_rows(const BackwardArgs<T>& a, const Rows& rows, const Range& r) {
-  walk_backward(a, [&](const auto& body) { map_rows(body, rows, r.begin, r.end, r.c0, r.c1); });
+  walk_backward<T, kHasStreams>(a, [&](const auto& body) { map_rows(body, rows, r.begin, r.end, r.c0, r.c1); });
 }
 
 template <class T>
 void backward_planes(const BackwardArgs<T>& a, const Planes& planes, const Range& r) {
-  walk_backward(a, [&](const auto& body) { map_planes(body, planes, r.begin, r.end, r.c0, r.c1); });
+  walk_backward<T, false>(a, [&](const auto& body) { map_planes(body, planes, r.begin, r.end, r.c0, r.c1); });
 }
 
 }  // namespace

@@ -49,7 +49,7 @@ FUSEDRES_INLINE void put_vectors(T* to, const V (&values)[kVectors], int64_t col
 
 constexpr int64_t kInnerChain = 256;
 
-template <class T, class M, int kHeight, int kVectors, bool kRelu, bool kFull, bool kStream>
+template <class T, class M, int kHeight, int kVectors, bool kFull, bool kStream>
 FUSEDRES_INLINE void multiply_rows(const MultiplyArgs<T>& a, int64_t row, int64_t c0) {
   using Element = typename M::Element;
   using Vec = typename M::Vec;
@@ -114,7 +114,7 @@ FUSEDRES_INLINE void multiply_rows(const MultiplyArgs<T>& a, int64_t row, int64_
       Vec y = sums[u][v] + load(a.shift + c0 + v * kLanes);
       const int64_t n = columns - v * kLanes;
       if (residual) y = y + get<kFull>(residual + v * kLanes, static_cast<int>(n < kLanes ? n : kLanes));
-      if constexpr (kRelu) {
+      if (a.relu) {
         const auto m = positive<T>(y);
         y = keep(m, y);
         if (kFull && words) words[v] = bits(m);
@@ -125,29 +125,25 @@ FUSEDRES_INLINE void multiply_rows(const MultiplyArgs<T>& a, int64_t row, int64_
   }
 }
 
-template <class T, class M, bool kRelu, bool kFull, bool kStream>
+template <class T, class M, bool kFull, bool kStream>
 void multiply_block(const MultiplyArgs<T>& a) {
   for (int64_t c0 = 0; c0 < a.columns; c0 += kPanelColumns<M>) {
     with_vectors<M>(a.columns - c0, [&]<int kVectors>(std::integral_constant<int, kVectors>) {
       int64_t row = 0;
       for (; row + M::kHeight <= a.count; row += M::kHeight) {
-        multiply_rows<T, M, M::kHeight, kVectors, kRelu, kFull, kStream>(a, row, c0);
+        multiply_rows<T, M, M::kHeight, kVectors, kFull, kStream>(a, row, c0);
       }
-      for (; row < a.count; ++row) multiply_rows<T, M, 1, kVectors, kRelu, kFull, kStream>(a, row, c0);
+      for (; row < a.count; ++row) multiply_rows<T, M, 1, kVectors, kFull, kStream>(a, row, c0);
     });
   }
   finish_streams(kStream);
 }
 
-template <class T, class M, bool kRelu>
-void multiply_blocks(const MultiplyArgs<T>& a) {
-  if (a.columns % kLanes) return multiply_block<T, M, kRelu, false, false>(a);
-  a.stream ? multiply_block<T, M, kRelu, true, true>(a) : multiply_block<T, M, kRelu, true, false>(a);
-}
-
 template <class T, class M>
 void multiply(const MultiplyArgs<T>& a) {
-  a.relu ? multiply_blocks<T, M, true>(a) : multiply_blocks<T, M, false>(a);
+  if (a.columns % kLanes) return multiply_block<T, M, false, false>(a);
+  if (kHasStreams && a.stream) return multiply_block<T, M, true, kHasStreams>(a);
+  multiply_block<T, M, true, false>(a);
 }
 
 template <class T>
@@ -302,7 +298,8 @@ const typename ScalarOf<T>::type* shift_of(const T* y, const Pixels& pixels, Scr
   std::fill(shift, shift + channels, 0);
   if constexpr (sizeof(T) >= 4) {
     for (int64_t k = 0; k < samples; ++k) {
-      const T* row = y + pixels.at(k * count / samples);
+      // apart, and not at the same place of every image
+      const T* row = y + pixels.at(k * count / samples + count / samples * (k * 5 % 8) / 8);
       for (int64_t c = 0; c < channels; ++c) shift[c] += row[c] / static_cast<T>(samples);
     }
   }

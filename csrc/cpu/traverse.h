@@ -52,6 +52,12 @@ FUSEDRES_INLINE void put(T* p, V v, int n) {
   }
 }
 
+#if defined(FUSEDRES_VEC_AVX512) || defined(FUSEDRES_VEC_AVX2)
+constexpr bool kHasStreams = true;
+#else
+constexpr bool kHasStreams = false;  // stream() is store()
+#endif
+
 FUSEDRES_INLINE void finish_streams(bool streamed) {
 #if defined(FUSEDRES_VEC_AVX512) || defined(FUSEDRES_VEC_AVX2)
   if (streamed) _mm_sfence();

@@ -110,12 +110,13 @@ struct Pack {
     for (int i = 0; i < kParts; ++i) no.v[i] = m.v[i] ? yes.v[i] : no.v[i];
     return no;
   }
-  FUSEDRES_INLINE friend uint16_t bits(Mask m) {
+  // Not inlined: lane by lane in every loop, these two would take most of the time of compiling the baseline.
+  __attribute__((noinline)) friend uint16_t bits(Mask m) {
     uint32_t r = 0;
     for (int i = 0; i < kLanes; ++i) r |= static_cast<uint32_t>(m.v[i / kPartLanes][i % kPartLanes] & 1) << i;
     return static_cast<uint16_t>(r);
   }
-  FUSEDRES_INLINE friend Mask mask_from_bits(uint16_t b, Pack) {
+  __attribute__((noinline)) friend Mask mask_from_bits(uint16_t b, Pack) {
     Mask m;
     for (int i = 0; i < kLanes; ++i) m.v[i / kPartLanes][i % kPartLanes] = -static_cast<I>((b >> i) & 1);
     return m;

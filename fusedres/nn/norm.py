@@ -194,10 +194,11 @@ def norm_add_norm_act(norm: nn.Module, x: Tensor, norm2: nn.Module, x2: Tensor, 
     return norm_act(norm, x, norm2(x2), act)
 
 
-def _is_foldable(conv: nn.Module, norm: nn.Module) -> bool:
+def _is_foldable(conv: nn.Module, norm: nn.Module, y: Tensor) -> bool:
     """Whether ``norm(conv(y))`` may be one op at this call: a plain 1x1 convolution, a batch's own statistics."""
     return (
         type(conv) is nn.Conv2d
+        and y.dim() == 4
         and conv.kernel_size == (1, 1)
         and conv.bias is None
         and conv.groups == 1
@@ -221,7 +222,7 @@ def conv_norm_act(
     Args:
         folding: as in ``functional.conv1x1_bn_act``.
     """
-    if folding != "never" and _is_foldable(conv, norm) and (act is None or is_plain_relu(act)) and _may_fuse(y):
+    if folding != "never" and _may_fuse(y) and _is_foldable(conv, norm, y) and (act is None or is_plain_relu(act)):
         positional, keywords = _statistics(norm)
         return fused.conv1x1_bn_act(
             y,
@@ -246,9 +247,10 @@ def conv_norm_add_conv_norm_act(
     act: nn.Module | None = None,
     folding: str = "auto",
 ) -> Tensor:
-    """``act(norm(conv(y)) + norm2(conv2(y2)))``, as :func:`conv_norm_act`; where one of them folds, it alone does."""
-    if folding != "never" and (act is None or is_plain_relu(act)) and _may_fuse(y) and _is_foldable(conv2, norm2):
-        if _is_foldable(conv, norm):
+    """``act(norm(conv(y)) + norm2(conv2(y2)))`` folded where both are, and under "always" where one is."""
+    if folding != "never" and (act is None or is_plain_relu(act)) and _may_fuse(y):
+        foldable, foldable2 = _is_foldable(conv, norm, y), _is_foldable(conv2, norm2, y2)
+        if foldable and foldable2:
             positional, first = _statistics(norm)
             positional2, second = _statistics(norm2)
             return fused.conv1x1_bn_add_conv1x1_bn_act(
@@ -265,8 +267,10 @@ def conv_norm_add_conv_norm_act(
                 act=None if act is None else "relu",
                 folding=folding,
             )
-        if folding == "always":
+        if folding == "always" and foldable2:
             return norm_act(norm, conv(y), conv_norm_act(conv2, norm2, y2, folding=folding), act)
+        if folding == "always" and foldable:
+            return conv_norm_act(conv, norm, y, norm_act(norm2, conv2(y2)), act, folding)
     return norm_add_norm_act(norm, conv(y), norm2, conv2(y2), act)
 
 

@@ -209,6 +209,7 @@ def _conv1x1_bn_act_backward_apply_fake(
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
 
+
 def _triton_conv1x1_moments() -> Any:
     from ..kernels.conv1x1_bn_act import conv1x1_moments
 
@@ -413,12 +414,9 @@ def output_moments(conv_weight: Tensor, mean: Tensor, cov: Tensor, count: int) -
 def conditioning(conv_weight: Tensor, moments: Moments, eps: float) -> Conditioning:
     """How exactly the fold of these moments would be computed; waits for the device."""
     variance = moments.cov.diagonal() / moments.count
-    seconds = variance + moments.mean.square()
-    columns = torch.stack([seconds, variance, torch.ones_like(variance)], 1)  # (C, 3)
-    terms = _matrix(conv_weight.detach()).square() @ columns / (moments.var + eps).unsqueeze(1)  # (K, 3)
-    gain = terms[:, 2].sum() / variance.numel()
-    cancellation, rounding, _, spread = torch.cat([terms.amax(0), (seconds.sum() / gain).view(1)]).tolist()
-    return Conditioning(cancellation, rounding, spread)
+    columns = torch.stack([variance + moments.mean.square(), variance], 1)  # (C, 2)
+    terms = _matrix(conv_weight.detach()).square() @ columns / (moments.var + eps).unsqueeze(1)  # (K, 2)
+    return Conditioning(*terms.amax(0).tolist())
 
 
 def _scale(weight: Tensor | None, rstd: Tensor) -> Tensor:
@@ -499,7 +497,7 @@ def unfold(branch: _Branch, sum_g: Tensor, products: Tensor) -> _Unfolded:
     dconv_weight = folded = mixing = offset = None
     if need_dconv_weight:
         dconv_weight = torch.addmm(scale.unsqueeze(1) * centred, weighted, covariance.double())
-        dconv_weight = dconv_weight.to(conv_weight.dtype).view(conv_weight.shape)
+        dconv_weight = torch.empty_like(conv_weight).copy_(dconv_weight.view(conv_weight.shape))  # with its strides
     if need_dy:
         folded = _fold_weight(conv_weight, weight, rstd, y.dtype)
         mixing = (w.T @ weighted / count).to(y.dtype)  # (C, C)

@@ -209,6 +209,9 @@ def _load_libraries() -> dict[str, NativeLibrary]:
 
 LIBRARIES = _load_libraries()
 
+# Instruction set of the CPU kernels: "avx512", "avx2", "baseline", or "none" where nothing can say.
+CPU_CAPABILITY: str = importlib.import_module("fusedres._C").cpu_capability() if LIBRARIES["_C"].loaded else "none"
+
 
 def _checked_backend(name: str, source: str) -> str | None:
     if name not in BACKENDS:

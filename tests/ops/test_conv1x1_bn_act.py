@@ -303,7 +303,7 @@ def test_what_folds(folds, is_folded) -> None:
     assert call(residual=residual.contiguous())
     assert call(y=y.contiguous())
     assert call(y=y.bfloat16(), w=w.bfloat16(), residual=residual.bfloat16())
-    assert call(y=y.half(), w=w.half(), residual=residual.half())
+    assert not call(y=y.half(), w=w.half(), residual=residual.half())  # its range is too small
     assert call(y=y.double(), w=w.double(), residual=residual.double())
     assert not call(y=_image(0, 8, 6, 6), residual=None)
     assert not call(y=_image(1, 8, 5, 6), residual=None)  # 30 pixels, fewer than 4 for each channel
@@ -360,22 +360,23 @@ def test_folding_choice() -> None:
         ({"pixels": 10_000, "image": 100}, "10000 pixels"),
         ({"pixels": 10_000, "dtype": torch.bfloat16}, "10000 pixels"),
         ({"dtype": torch.float16}, "float16"),
+        ({"capability": "avx2"}, "avx2"),
     ):
         folds, why = choice(**change)
         assert not folds, change
         assert says in why
-    for change in ({"channels_last": False}, {"device": "cuda"}, {"channels": (64, 65)}, {"dtype": torch.float16}):
+    for change in ({"channels_last": False}, {"device": "cuda"}, {"channels": (64, 65)}, {"capability": "avx2"}):
         assert choice("always", **change)[0]
     assert not choice("always", pixels=255)[0]
 
 
 def test_numerically_safe() -> None:
-    easy = folding.Conditioning(2.0, 1.5, 4.0)
+    easy = folding.Conditioning(2.0, 1.5)
 
     def safe(found: folding.Conditioning, dtype=torch.float32, weight_dtype=None, sums="float64") -> bool:
         return folding.numerically_safe(found, dtype, weight_dtype or dtype, sums)[0]
 
-    for dtype, sums in itertools.product(DTYPES, folding.SUMS):
+    for dtype, sums in itertools.product(set(DTYPES) - {torch.float16}, folding.SUMS):
         assert safe(easy, dtype, sums=sums)
     hard, equal = easy._replace(cancellation=1e3), easy._replace(cancellation=1e3, rounding=1e3)
     assert not safe(hard, sums="plain")
@@ -388,8 +389,6 @@ def test_numerically_safe() -> None:
     assert not safe(rounded, torch.bfloat16)
     assert safe(rounded, torch.bfloat16, torch.float32)
     assert safe(rounded, sums="shifted")
-    assert not safe(easy._replace(spread=1e8), torch.float16)
-    assert safe(easy._replace(spread=1e8), torch.bfloat16)
     nan = easy._replace(cancellation=float("nan"))
     assert folding.numerically_safe(nan, torch.float32, torch.float32, "float64")[1].startswith("cancellation of nan")
     assert not safe(nan)
@@ -420,16 +419,13 @@ def test_conditioning() -> None:
     second, variance = _rows(y).square().mean(0), _rows(y).var(0, correction=0)
     assert found.cancellation == pytest.approx(((squares * second).sum(1) / var).max().item())
     assert found.rounding == pytest.approx(((squares * variance).sum(1) / var).max().item())
-    assert found.spread == pytest.approx((second.sum() / (squares / var.view(-1, 1)).sum(0).mean()).item())
 
 
 # --- the guard --------------------------------------------------------------------------------------------------------
 
 GUARDED = {
     "rounding-bf16": _case((4, 64, 14, 14), 256, dtype="bf16", distribution="equal_1%", weights="zero_sum"),
-    "rounding-f16": _case((4, 64, 14, 14), 256, dtype="f16", distribution="equal_3%", weights="zero_sum"),
     "rounding-f32": _case((4, 64, 14, 14), 256, distribution="equal_1%", weights="zero_sum"),
-    "spread-f16": _case((4, 64, 14, 14), 256, dtype="f16", distribution="mixed_scale", residual="channels_last"),
 }
 
 
@@ -809,6 +805,31 @@ def test_compile(dtype, dynamic, folds) -> None:
     unseen = folding.safe_unseen(dtype, "float64" if folds == "reference" else "shifted")
     assert ("conv1x1_moments" in graphs[0]) == unseen
     assert ("conv2d" in graphs[0]) != unseen
+
+
+def test_meta_tensors_have_shapes() -> None:
+    block = fusedres.Bottleneck(64, 16).to("meta")
+    for mode in folding.FOLDINGS:
+        block.folding = mode
+        assert block(torch.empty(2, 64, 8, 8, device="meta")).shape == (2, 64, 8, 8)
+
+
+@pytest.mark.parametrize("unfolded", ["conv", "shortcut"])
+def test_always_folds_the_half_of_a_pair_that_can(unfolded, record_ops) -> None:
+    shortcut = nn.Sequential(nn.Conv2d(16, 64, 1, bias=unfolded == "shortcut"), nn.BatchNorm2d(64))
+    block = fusedres.Bottleneck(16, 16, downsample=shortcut)
+    if unfolded == "conv":
+        block.conv3 = nn.Conv2d(16, 64, 1)
+    block.folding = "always"
+    with record_ops() as record:
+        block(_image(2, 16, 8, 8))
+    assert [str(name).split(".")[1] for name, *_ in record.calls].count("conv1x1_bn_act_apply") == 1
+
+
+def test_gradient_of_the_weight_has_its_strides(folds) -> None:
+    w = _weight(64, 16).detach().contiguous(memory_format=CHANNELS_LAST).requires_grad_()
+    F.conv1x1_bn_act(_image(2, 16, 8, 8), w, *_norm(64), training=True, folding="always").sum().backward()
+    assert w.grad.stride() == w.stride()
 
 
 def test_functorch_takes_the_plain_path(folds, is_folded) -> None:
