@@ -111,7 +111,8 @@ def test_compile_inductor_of_every_op(call, amp, dynamic) -> None:
         results.append([out, *torch.autograd.grad(out.float().sum(), values)])
     tolerance = 5e-2 if amp else 1e-4
     for mine, theirs in zip(*results, strict=True):
-        assert ((mine - theirs).abs() > tolerance * (1 + theirs.abs())).double().mean() < 0.02
+        # Of few values one may round to the other side.
+        assert ((mine - theirs).abs() > tolerance * (1 + theirs.abs())).sum() <= max(1, 0.02 * mine.numel())
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
