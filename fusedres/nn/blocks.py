@@ -12,7 +12,7 @@ from collections.abc import Callable
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .norm import conv_norm_act, conv_norm_add_conv_norm_act, has_hooks, norm_act
+from .norm import conv_norm_act, conv_norm_add_conv_norm_act, has_hooks, may_fold, norm_act
 
 __all__ = ["BasicBlock", "Bottleneck", "PreActBasicBlock", "PreActBottleneck"]
 
@@ -52,7 +52,10 @@ def _conv_norm_add_shortcut_act(
         return conv_norm_act(conv, norm, y, x, act, folding)
     if _is_projection(downsample, x):
         return conv_norm_add_conv_norm_act(conv, norm, y, *downsample, x, act, folding)
-    return conv_norm_act(conv, norm, y, downsample(x), act, folding)
+    if may_fold(conv, norm, y, act, folding):
+        return conv_norm_act(conv, norm, y, downsample(x), act, folding)
+    y = conv(y)  # before the shortcut, as torchvision's: hooks and graphs see the order
+    return norm_act(norm, y, downsample(x), act)
 
 
 def _check_basic(block: type[nn.Module], groups: int, base_width: int, dilation: int) -> None:

@@ -209,6 +209,13 @@ def _is_foldable(conv: nn.Module, norm: nn.Module, y: Tensor) -> bool:
     )
 
 
+def may_fold(conv: nn.Module, norm: nn.Module, y: Tensor, act: nn.Module | None, folding: str) -> bool:
+    """Whether :func:`conv_norm_act` asks for a fold at this call, as far as the modules tell."""
+    if folding == "never" or not _may_fuse(y):
+        return False
+    return _is_foldable(conv, norm, y) and (act is None or is_plain_relu(act))
+
+
 def conv_norm_act(
     conv: nn.Module,
     norm: nn.Module,
@@ -222,7 +229,7 @@ def conv_norm_act(
     Args:
         folding: as in ``functional.conv1x1_bn_act``.
     """
-    if folding != "never" and _may_fuse(y) and _is_foldable(conv, norm, y) and (act is None or is_plain_relu(act)):
+    if may_fold(conv, norm, y, act, folding):
         positional, keywords = _statistics(norm)
         return fused.conv1x1_bn_act(
             y,
