@@ -279,7 +279,8 @@ def is_folded(record_ops):
     return run
 
 
-def test_what_folds(folds, is_folded) -> None:
+def test_what_folds(folds, is_folded, monkeypatch) -> None:
+    monkeypatch.setattr(registry, "CPU_CAPABILITY", "avx512")  # where "auto" was measured
     y, w, residual = _image(2, 8, 6, 6).requires_grad_(), _weight(16, 8), _image(2, 16, 6, 6)
 
     def call(y: Tensor = y, w: Tensor = w, residual: Tensor | None = residual, **options) -> bool:
