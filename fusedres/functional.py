@@ -58,7 +58,6 @@ from .ops.conv1x1_bn_act import (
     output_moments,
     pixels,
     strided_size,
-    update_running,
 )
 from .ops.folding import folding_asked, folding_choice, numerically_safe, safe_unseen
 from .ops.layout import dense, is_channels_last
@@ -1045,7 +1044,7 @@ class _Conv1x1:
     def __init__(self, y: Tensor, conv_weight: Tensor, stride: int | tuple[int, int], name: str = "stride") -> None:
         rows, columns = pair(name, stride)
         device = y.device.type
-        amp = y.dtype != torch.float64 and not y.is_meta and torch.is_autocast_enabled(device)
+        amp = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and y.dtype != torch.float64
         self.y, self.conv_weight, self.stride = y, conv_weight, rows
         self.dtype = torch.get_autocast_dtype(device) if amp else y.dtype
         self.fits = (
@@ -1150,7 +1149,7 @@ def _unwrapped(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def _without_gradients(inputs: tuple[Input, ...], residual: Tensor | None, relu: bool, ops: tuple[Any, ...]) -> Tensor:
     out, _, _ = folded_forward(inputs, residual, relu, False, ops[0])
     for i in inputs:
-        update_running(*i.running, i.moments)
+        i.update_running()
     return out
 
 

@@ -90,17 +90,12 @@ template const AddActKernels<half>& add_act_kernels<half>();
 
 #else  // driver and registration
 
-#include "driver.h"
+#include "add_act.h"
 
 namespace fusedres::cpu {
 namespace {
 
 constexpr int64_t kPiece = 32 * 1024;  // elements of a task; a multiple of the mask's words
-
-template <class T>
-const AddActKernels<T>& add_act_kernels() {
-  FUSEDRES_RETURN_FOR_THIS_CPU(add_act_kernels<T>());
-}
 
 int64_t mask_bytes(int64_t numel) { return 2 * ceil_div(numel, kLanes); }
 

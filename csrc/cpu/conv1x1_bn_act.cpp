@@ -147,17 +147,6 @@ void multiply(const MultiplyArgs<T>& a) {
 }
 
 template <class T>
-void keep_where_set(const T* dy, const uint16_t* mask, int64_t count, T* kept) {
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= count; i += 2 * kLanes) copy_kept<false>(kept + i, dy + i, mask + i / kLanes);
-  for (; i < count; i += kLanes) {
-    const int n = static_cast<int>(count - i < kLanes ? count - i : kLanes);
-    const auto v = load_n(dy + i, n);
-    store_n(kept + i, keep(mask_from_bits(mask[i / kLanes], v), v), n);
-  }
-}
-
-template <class T>
 void mask_of(const T* out, int64_t count, uint16_t* mask) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const int n = static_cast<int>(count - i < kLanes ? count - i : kLanes);
@@ -183,7 +172,6 @@ const Conv1x1Kernels<T>& conv1x1_kernels() {
       {kPanelColumns<Moments>, Moments::kRows, sizeof(typename Moments::Element)},
       pack<T, Moments>,
       products<Moments>,
-      keep_where_set<T>,
       mask_of<T>,
   };
   return kernels;
@@ -202,6 +190,7 @@ template const Conv1x1Kernels<half>& conv1x1_kernels<half>();
 #include <cmath>
 #include <cstring>
 
+#include "add_act.h"
 #include "common/batch_norm.h"
 #include "driver.h"
 
@@ -286,27 +275,33 @@ struct Split {
     rows = ceil_div(blocks, std::min(most, blocks)) * block;
     parts = ceil_div(count, rows);
   }
+  // The parts' sums, of `size` numbers each, to the first.
+  void add_parts(double* sums, int64_t size) const {
+    for (int64_t part = 1; part < parts; ++part) {
+      for (int64_t i = 0; i < size; ++i) sums[i] += sums[part * size + i];
+    }
+  }
 };
 
 // About what the rows are summed, or null: the mean of a few of them, as a float has it, so that a large mean costs no
 // digits. 16-bit operands are never shifted, for that would round them.
 template <class T>
 const typename ScalarOf<T>::type* shift_of(const T* y, const Pixels& pixels, Scratch& scratch) {
-  if constexpr (sizeof(T) < 4) return nullptr;
-  const int64_t channels = pixels.channels(), count = pixels.count(), samples = std::min<int64_t>(count, 8);
-  auto* const shift = scratch.take<typename ScalarOf<T>::type>(channels);
-  std::fill(shift, shift + channels, 0);
   if constexpr (sizeof(T) >= 4) {
+    const int64_t channels = pixels.channels(), count = pixels.count(), samples = std::min<int64_t>(count, 8);
+    T* const shift = scratch.take<T>(channels);
+    std::fill(shift, shift + channels, T(0));
     for (int64_t k = 0; k < samples; ++k) {
       // apart, and not at the same place of every image
       const T* row = y + pixels.at(k * count / samples + count / samples * (k * 5 % 8) / 8);
       for (int64_t c = 0; c < channels; ++c) shift[c] += row[c] / static_cast<T>(samples);
     }
+    for (int64_t c = 0; c < channels; ++c) {
+      if (!std::isfinite(shift[c])) shift[c] = 0;
+    }
+    return shift;
   }
-  for (int64_t c = 0; c < channels; ++c) {
-    if (!std::isfinite(shift[c])) shift[c] = 0;
-  }
-  return shift;
+  return nullptr;
 }
 
 std::tuple<Tensor, Tensor> conv1x1_moments_cpu(Tensor y, int64_t stride) {
@@ -336,14 +331,11 @@ std::tuple<Tensor, Tensor> conv1x1_moments_cpu(Tensor y, int64_t stride) {
         const int64_t size = std::min(kMomentsRows, end - row);
         point_at<T>(first, pixels, row, size, rows);
         const int64_t used = shape.steps(size);
-        kernels.pack_moments({rows, size, channels, panels, used, 0, shift, nullptr, nullptr, false});
-        kernels.moments(
-            {panels, channels, panels, channels, used, true, products, products + channels * width, nullptr, 0});
+        kernels.pack_moments({rows, size, channels, panels, used, 0, shift});
+        kernels.moments({panels, channels, panels, channels, used, true, products, products + channels * width});
       }
     });
-    for (int64_t part = 1; part < split.parts; ++part) {
-      for (int64_t i = 0; i < part_size; ++i) parts[i] += parts[part * part_size + i];
-    }
+    split.add_parts(parts, part_size);
     const double n = static_cast<double>(count);
     double* const sums = parts + channels * width;
     double* const to = data<double>(cov);
@@ -398,7 +390,7 @@ void reduce_products(
       // A block begins with a whole word of the mask: its rows are a multiple of kLanes.
       const uint16_t* words = mask ? mask + row * outputs / kLanes : nullptr;
       if (block) {
-        kernels.keep(from, words, size * outputs, masked);
+        add_act_kernels<T>().mask_gradient({from, words, masked, false}, 0, size * outputs);
         if (kept) std::copy(masked, masked + size * outputs, kept + row * outputs);
         from = masked;
       }
@@ -416,7 +408,7 @@ void reduce_products(
            stream});
       if (y) {
         point_at<T>(y, pixels, row, size, rows);
-        kernels.pack({rows, size, channels, panels_y, used, 0, shift, nullptr, nullptr, false});
+        kernels.pack({rows, size, channels, panels_y, used, 0, shift});
       }
       const int64_t next = std::min(row + kReduceRows, end), next_size = std::min(kReduceRows, end - next);
       kernels.products(
@@ -432,9 +424,7 @@ void reduce_products(
            next_size * outputs * static_cast<int64_t>(sizeof(T))});
     }
   });
-  for (int64_t part = 1; part < split.parts; ++part) {
-    for (int64_t i = 0; i < part_size; ++i) parts[i] += parts[part * part_size + i];
-  }
+  split.add_parts(parts, part_size);
   const double* const sums = parts + channels * width;
   if (sum_g) std::copy(sums, sums + outputs, sum_g);
   for (int64_t k = 0; k < outputs; ++k) {
@@ -535,9 +525,9 @@ void multiply_all(
   const int64_t steps[] = {shape.steps(sources[0].width), sources[1].data ? shape.steps(sources[1].width) : 0};
   const int64_t panel_steps = steps[0] + steps[1];
   char* const panels = scratch.take<char>(panel_bytes(shape, columns, panel_steps));
-  kernels.pack({b1, sources[0].width, columns, panels, panel_steps, 0, nullptr, nullptr, nullptr, false});
+  kernels.pack({b1, sources[0].width, columns, panels, panel_steps, 0});
   if (steps[1]) {
-    kernels.pack({b2, sources[1].width, columns, panels, panel_steps, steps[0], nullptr, nullptr, nullptr, false});
+    kernels.pack({b2, sources[1].width, columns, panels, panel_steps, steps[0]});
   }
   S* const padded_shift = scratch.take<S>(shape.panels(columns) * shape.columns);
   std::copy(shift, shift + columns, padded_shift);
@@ -573,7 +563,8 @@ void multiply_all(
         if (!source.data) continue;
         if (source.mask) {
           const int64_t begin = row * source.width;
-          kernels.keep(source.data + begin, source.mask + begin / kLanes, size * source.width, masked[s]);
+          add_act_kernels<T>().mask_gradient(
+              {source.data + begin, source.mask + begin / kLanes, masked[s], false}, 0, size * source.width);
         }
         for (int64_t r = 0; r < size; ++r) {
           const T* from = source.mask ? masked[s] + r * source.width : source.data + source.pixels->at(row + r);
@@ -645,14 +636,13 @@ std::tuple<Tensor, Tensor> conv1x1_bn_act_apply_cpu(
         product_bytes(shape, columns, shape.steps(inner[0]) + shape.steps(inner[1])) +
         (inner[0] + inner[1]) * (columns * sizeof(T) + sizeof(T*)));
     const T** rows[2];
-    const OptionalTensor* const matrices[] = {nullptr, &folded2};
+    const T* const matrices[] = {data<T>(folded), data<T>(folded2)};
     for (int s = 0; s < 2; ++s) {
-      const T* const from = s == 0 ? data<T>(folded) : data<T>(*matrices[1]);
       T* const transposed = scratch.take<T>(inner[s] * columns);
       rows[s] = scratch.take<const T*>(inner[s]);
       for (int64_t c = 0; c < inner[s]; ++c) {
         rows[s][c] = transposed + c * columns;
-        for (int64_t k = 0; k < columns; ++k) transposed[c * columns + k] = from[k * inner[s] + c];
+        for (int64_t k = 0; k < columns; ++k) transposed[c * columns + k] = matrices[s][k * inner[s] + c];
       }
     }
     const Source<T> sources[2] = {

@@ -13,7 +13,6 @@ namespace fusedres::cpu {
 constexpr int64_t kApplyRows = 48;     // rows of a block of an output: with one panel they stay in L1
 constexpr int64_t kMomentsRows = 128;  // rows that are summed in the compute type, and then in double
 constexpr int64_t kReduceRows = 256;   // of sums whose differences are not taken
-constexpr int64_t kPanelAlign = 64;    // bytes
 
 // How a kernel's panels are laid out.
 struct PanelShape {
@@ -32,14 +31,14 @@ struct PackArgs {
   int64_t count;
   int64_t width;
   void* panels;
-  int64_t panel_steps;  // steps that a panel has in all
-  int64_t first_step;   // where these rows begin
-  const S* shift;       // (width) or null: subtracted; never of 16-bit rows, for that would round them
+  int64_t panel_steps;       // steps that a panel has in all
+  int64_t first_step;        // where these rows begin
+  const S* shift = nullptr;  // (width) or null: subtracted; never of 16-bit rows, for that would round them
   // Or null: only what the mask keeps is packed and, past the caches if `stream`, written to g. The mask and g are
   // those of the first row, rows are adjacent, and width is a multiple of kLanes.
-  const uint16_t* mask;
-  T* g;
-  bool stream;
+  const uint16_t* mask = nullptr;
+  T* g = nullptr;
+  bool stream = false;
 };
 
 // out = relu(a1 b1 + a2 b2 + shift + residual) of `count` rows, at most kApplyRows.
@@ -66,12 +65,12 @@ struct ProductsArgs {
   int64_t left_width;
   const void* right;
   int64_t right_width;
-  int64_t steps;     // of either
-  bool symmetric;    // left is right: only products[i][j] with j >= i are wanted
-  double* products;  // whole vectors of columns
-  double* sums;      // of the columns of `right`, or null
-  const void* next;  // what is read after these products: brought near meanwhile
-  int64_t next_bytes;
+  int64_t steps;               // of either
+  bool symmetric;              // left is right: only products[i][j] with j >= i are wanted
+  double* products;            // whole vectors of columns
+  double* sums;                // of the columns of `right`, or null
+  const void* next = nullptr;  // what is read after these products: brought near meanwhile
+  int64_t next_bytes = 0;
 };
 
 template <class T>
@@ -86,7 +85,6 @@ struct Conv1x1Kernels {
   PanelShape moments_shape;  // float is squared in double: the variances are differences of these sums
   void (*pack_moments)(const PackArgs<T>&);
   void (*moments)(const ProductsArgs&);
-  void (*keep)(const T* dy, const uint16_t* mask, int64_t count, T* kept);  // dy where the mask is set, zero elsewhere
   void (*mask_of)(const T* out, int64_t count, uint16_t* mask);
 };
 

@@ -43,6 +43,26 @@ def _per_channel(v: Tensor) -> Tensor:
     return v.view(1, -1, 1, 1)
 
 
+def update_running(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+) -> None:
+    """Move the running statistics as ``nn.BatchNorm2d`` does, to a biased ``var`` of ``count`` values, in float64."""
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if running_mean is None or running_var is None:
+        return
+    factor = momentum if momentum is not None else num_batches_tracked.double().reciprocal()
+    unbiased = var * (count / (count - 1))
+    running_mean.copy_(running_mean.double() * (1 - factor) + mean * factor)
+    running_var.copy_(running_var.double() * (1 - factor) + unbiased * factor)
+
+
 def _reference_statistics(
     x: Tensor,
     running_mean: Tensor | None,
@@ -59,14 +79,8 @@ def _reference_statistics(
         rest = (x64 - _per_channel(mean)).mean(_DIMS)
         mean = mean + torch.where(rest.isfinite(), rest, 0.0)  # exact for a constant channel
         var = (x64 - _per_channel(mean)).square().mean(_DIMS)
-        if num_batches_tracked is not None:
-            num_batches_tracked.add_(1)
-        if running_mean is not None and running_var is not None:
-            factor = momentum if momentum is not None else num_batches_tracked.double().reciprocal()
-            m = x.numel() // x.size(1)
-            unbiased = var * (m / (m - 1))
-            running_mean.copy_(running_mean.double() * (1 - factor) + mean * factor)
-            running_var.copy_(running_var.double() * (1 - factor) + unbiased * factor)
+        m = x.numel() // x.size(1)
+        update_running(running_mean, running_var, num_batches_tracked, momentum, mean, var, m)
     else:
         mean, var = running_mean.double(), running_var.double()
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from .batch_norm_act import update_running
 from .folding import Conditioning
 from .layout import mask_bytes, pack_mask, unpack_mask
 from .registry import define
@@ -440,24 +441,6 @@ def fold(
     return folded, shift, torch.stack([moments.mu, rstd])
 
 
-def update_running(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    moments: Moments,
-) -> None:
-    """Move the running statistics as ``nn.BatchNorm2d`` does."""
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    if running_mean is None or running_var is None:
-        return
-    factor = momentum if momentum is not None else num_batches_tracked.double().reciprocal()
-    unbiased = moments.var * (moments.count / (moments.count - 1))
-    running_mean.copy_(running_mean.double() * (1 - factor) + moments.mu * factor)
-    running_var.copy_(running_var.double() * (1 - factor) + unbiased * factor)
-
-
 class _Branch(NamedTuple):
     """One convolution with its normalisation as saved for the backward, and which of its gradients are wanted.
 
@@ -566,7 +549,7 @@ def _differentiable_gradients(g: Tensor, branch: _Branch) -> tuple[Tensor, Tenso
 class Input(NamedTuple):
     """One convolution with its normalisation, forward.
 
-    ``running`` are the arguments of :func:`update_running` up to ``momentum``.
+    ``running`` are the arguments of ``update_running`` up to ``momentum``.
     """
 
     y: Tensor
@@ -577,6 +560,9 @@ class Input(NamedTuple):
     running: tuple[Any, ...]
     eps: float
     stride: int
+
+    def update_running(self) -> None:
+        update_running(*self.running, self.moments.mu, self.moments.var, self.moments.count)
 
     def saved(self, stats: Tensor) -> tuple[Tensor | None, ...]:
         """The tensors of a :class:`_Branch`; with 16 bits, float32 holds the covariance."""
@@ -620,7 +606,7 @@ class Conv1x1BNActFunction(Function):
         branch = Input(y, conv_weight, weight, bias, *of_branch)
         out, mask, (stats,) = folded_forward((branch,), residual, relu, relu, apply)
         saved = branch.saved(stats)
-        update_running(*branch.running, branch.moments)
+        branch.update_running()
         ctx.save_for_backward(*saved, mask if relu else None)
         ctx.config = (
             branch.moments.count,
@@ -686,7 +672,7 @@ class Conv1x1BNAddConv1x1BNActFunction(Function):
         out, mask, (stats, stats2) = folded_forward((first, second), None, relu, relu, apply)
         saved = (*first.saved(stats), *second.saved(stats2), mask if relu else None)
         for branch in (first, second):
-            update_running(*branch.running, branch.moments)
+            branch.update_running()
         ctx.save_for_backward(*saved)
         ctx.config = tuple((b.moments.count, b.stride, b.eps) for b in (first, second))
         ctx.dtypes = tuple(None if b is None else b.dtype for b in (bias, bias2))
