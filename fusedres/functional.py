@@ -47,14 +47,14 @@ from .ops.checks import (
     pair,
     pooled_size,
 )
-from .ops.conv1x1_bn_act import OPS as CONV1X1_OPS
 from .ops.conv1x1_bn_act import (
     Conv1x1BNActFunction,
     Conv1x1BNAddConv1x1BNActFunction,
+    FoldingOps,
     Input,
-    Moments,
     conditioning,
     folded_forward,
+    folding_ops,
     output_moments,
     pixels,
     strided_size,
@@ -896,10 +896,10 @@ def conv1x1_bn_act(
         x = convolution.output()
         check_batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
         check_not_inference({"y": y, "conv_weight": conv_weight, "weight": weight, "bias": bias})
-        rows, moments = convolution.moments(ops[0])
+        rows, *moments = convolution.moments(ops)
         if _is_safe(convolution, moments, eps):
             running = (running_mean, running_var, num_batches_tracked, momentum)
-            config = (moments, running, eps, convolution.stride, act == "relu", ops[1:])
+            config = (*moments, running, eps, convolution.stride, act == "relu", ops)
             return _conv1x1_bn_act(rows, conv_weight, weight, bias, residual, config)
     return batch_norm_act(
         F.conv2d(y, conv_weight, None, stride),
@@ -999,11 +999,12 @@ def conv1x1_bn_add_conv1x1_bn_act(
         check_batch_norm(both[1].output(), *second[2:], training2, momentum2, eps2, num_batches_tracked2, suffix="2")
         check_not_inference({"y": y, "conv_weight": conv_weight, "weight": weight, "bias": bias})
         check_not_inference({"y2": y2, "conv_weight2": conv_weight2, "weight2": weight2, "bias2": bias2})
-        (rows, moments), (rows2, moments2) = (c.moments(ops[0]) for c in both)
+        (rows, *moments), (rows2, *moments2) = (c.moments(ops) for c in both)
         if _is_safe(both[0], moments, eps) and _is_safe(both[1], moments2, eps2):
-            norm = (moments, (running_mean, running_var, num_batches_tracked, momentum), eps, both[0].stride)
-            norm2 = (moments2, (running_mean2, running_var2, num_batches_tracked2, momentum2), eps2, both[1].stride)
-            config = (*norm, *norm2, act == "relu", ops[1:])
+            running = (running_mean, running_var, num_batches_tracked, momentum)
+            running2 = (running_mean2, running_var2, num_batches_tracked2, momentum2)
+            of_second = (*moments2, running2, eps2, both[1].stride)
+            config = (*moments, running, eps, both[0].stride, *of_second, act == "relu", ops)
             of_first, of_second = (rows, conv_weight, weight, bias), (rows2, conv_weight2, weight2, bias2)
             return _conv1x1_bn_add_conv1x1_bn_act(of_first, of_second, config)
     return batch_norm_add_batch_norm_act(
@@ -1075,12 +1076,12 @@ class _Conv1x1:
             and other.layout == torch.strided
         )
 
-    def moments(self, op: Any) -> tuple[Tensor, Moments]:
-        """y as the kernels take it; its moments, with those of the output."""
+    def moments(self, ops: FoldingOps) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
+        """y as the kernels take it; its mean, covariance and count, and the moments of the output."""
         y = self.y.to(self.dtype).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
-            mean, cov = op(y, self.stride)
-            return y, output_moments(self.conv_weight, mean, cov, self.pixels)
+            mean, cov = ops.moments(y, None, self.stride)
+            return y, mean, cov, self.pixels, output_moments(self.conv_weight, mean, cov, self.pixels)
 
 
 def _sums(device: str) -> str:
@@ -1097,15 +1098,10 @@ def _is_blind(y: Tensor) -> bool:
     return y.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _folding_ops(
-    folding: str, convolutions: tuple[_Conv1x1, ...], training: bool, fits: bool
-) -> tuple[Any, ...] | None:
-    """Who serves the four passes; None if the call is not folded."""
+def _folding_ops(folding: str, convolutions: tuple[_Conv1x1, ...], training: bool, fits: bool) -> FoldingOps | None:
+    """Who serves a folded call; None if it is not folded."""
     y, dtype = convolutions[0].y, convolutions[0].dtype
-    try:
-        ops = tuple(registry.serve(op, y) for op in CONV1X1_OPS)
-    except RuntimeError:  # a forced backend without these kernels serves what follows the convolution
-        ops = (None,)
+    ops = folding_ops(y)
     blind = any(_is_blind(t) for c in convolutions for t in (c.y, c.conv_weight))
     traced = _is_traced() or (blind and not safe_unseen(dtype, _sums(y.device.type)))
     if not blind and torch.is_grad_enabled() and any(c.y.is_inference() for c in convolutions):
@@ -1121,18 +1117,18 @@ def _folding_ops(
         capability=registry.CPU_CAPABILITY,
         training=training,
         traced=traced,
-        served=None not in ops,
+        served=ops is not None,
         channels_last=traced or all(is_channels_last(c.y) for c in convolutions),  # vmap cannot say
         fits=fits,
     )
     return ops if folds else None
 
 
-def _is_safe(convolution: _Conv1x1, moments: Moments, eps: float) -> bool:
+def _is_safe(convolution: _Conv1x1, moments: list[Any], eps: float) -> bool:
     """Whether the statistics of the output are exact enough; looks at values where it can."""
     if _is_blind(convolution.y):
         return True
-    found = conditioning(convolution.conv_weight, moments, eps)
+    found = conditioning(convolution.conv_weight, *moments, eps)
     sums = _sums(convolution.y.device.type)
     return numerically_safe(found, convolution.dtype, convolution.conv_weight.dtype, sums)[0]
 
@@ -1144,13 +1140,6 @@ def _wants_gradients(*tensors: Tensor | None) -> bool:
 def _unwrapped(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Without the wrappers of transforms that have ended."""
     return tuple(t if t is None else _unwrap_if_dead(t) for t in tensors)
-
-
-def _without_gradients(inputs: tuple[Input, ...], residual: Tensor | None, relu: bool, ops: tuple[Any, ...]) -> Tensor:
-    out, _, _ = folded_forward(inputs, residual, relu, False, ops[0])
-    for i in inputs:
-        i.update_running()
-    return out
 
 
 def _conv1x1_bn_act(
@@ -1165,7 +1154,8 @@ def _conv1x1_bn_act(
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     if not _wants_gradients(y, conv_weight, weight, bias, residual):
-        return _without_gradients((Input(y, conv_weight, weight, bias, *config[:4]),), residual, *config[4:])
+        *of_branch, relu, ops = config
+        return folded_forward((Input(y, conv_weight, weight, bias, *of_branch),), residual, relu, False, ops)[0]
     if is_compiling():
         residual = None if residual is None else _distinct(residual, y)
         return Conv1x1BNActFunction.apply(y, conv_weight, weight, bias, residual, config)
@@ -1181,7 +1171,10 @@ def _conv1x1_bn_add_conv1x1_bn_act(
     ``first`` and ``second`` are y, conv_weight, weight, bias.
     """
     if not _wants_gradients(*first, *second):
-        return _without_gradients((Input(*first, *config[:4]), Input(*second, *config[4:8])), None, *config[8:])
+        *of_branches, relu, ops = config
+        half = len(of_branches) // 2
+        inputs = (Input(*first, *of_branches[:half]), Input(*second, *of_branches[half:]))
+        return folded_forward(inputs, None, relu, False, ops)[0]
     if is_compiling():
         second = (_distinct(second[0], first[0]), *second[1:])
         return Conv1x1BNAddConv1x1BNActFunction.apply(*first, *second, config)

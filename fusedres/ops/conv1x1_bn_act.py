@@ -23,8 +23,12 @@ Backward, with ``g = dout`` where ``out > 0``, else 0 (g is also the gradient of
 ``dy`` is zero at the pixels that the stride leaves out. The second convolution of a pair has the same formulas with the
 same ``g``; its terms are added to ``out`` before the rounding.
 
-What is saved: y, the parameters, ``mean``, ``cov``, ``mu`` and ``rstd``, and one bit per element of ``out`` for the
-ReLU. ``w~`` is computed anew. The vectors and the small matrices are float64, whatever serves the four passes over
+Where y is itself ``relu(bn0(x0))``, the ops take x0 and ``norm``, (3, C): mean, scale and shift, and normalise as they
+read: ``y = round(max((x0 - mean) * scale + shift, 0))`` never exists either. The last pass then writes ``dy`` where
+``y > 0``, else 0, and its sums and those with ``x0 - mean``, which are what the gradient of bn0 needs.
+
+What is saved: y (or x0), the parameters, ``mean``, ``cov``, ``mu`` and ``rstd``, and one bit per element of ``out`` for
+the ReLU. ``w~`` is computed anew. The vectors and the small matrices are float64, whatever serves the four passes over
 pixels; where that is not exact enough, ``fusedres/ops/folding.py`` refuses.
 """
 
@@ -41,7 +45,7 @@ from torch.nn import functional as F
 from .batch_norm_act import update_running
 from .folding import Conditioning
 from .layout import mask_bytes, pack_mask, unpack_mask
-from .registry import define
+from .registry import define, serve
 from .traffic import Launch, Sizes, Traffic
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------
@@ -76,13 +80,21 @@ def _rows(y: Tensor, stride: int = 1) -> Tensor:
     return y[:, :, ::stride, ::stride].double().permute(0, 2, 3, 1).reshape(-1, y.size(1))  # (n, C)
 
 
+def _normalised(y: Tensor, norm: Tensor | None) -> Tensor:
+    """``y``, or the activation that it becomes."""
+    if norm is None:
+        return y
+    mean, scale, shift = norm.double().view(3, 1, -1, 1, 1)
+    return ((y.double() - mean) * scale + shift).relu().to(y.dtype)
+
+
 def _as_image(rows: Tensor, like: Tensor) -> Tensor:
     n, _, h, w = like.shape
     return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
 
 
-def _conv1x1_moments_reference(y: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    rows = _rows(y, stride)
+def _conv1x1_moments_reference(y: Tensor, norm: Tensor | None, stride: int) -> tuple[Tensor, Tensor]:
+    rows = _rows(_normalised(y, norm), stride)
     mean = rows.mean(0)
     rest = (rows - mean).mean(0)
     mean = mean + torch.where(rest.isfinite(), rest, 0.0)  # exact for a constant channel
@@ -92,6 +104,7 @@ def _conv1x1_moments_reference(y: Tensor, stride: int) -> tuple[Tensor, Tensor]:
 
 def _conv1x1_bn_act_apply_reference(
     y: Tensor,
+    norm: Tensor | None,
     folded: Tensor,
     shift: Tensor,
     stride: int,
@@ -99,15 +112,16 @@ def _conv1x1_bn_act_apply_reference(
     folded2: Tensor | None,
     stride2: int,
     residual: Tensor | None,
+    residual_mask: Tensor | None,
     relu: bool,
     save_mask: bool,
 ) -> tuple[Tensor, Tensor]:
     out = _output_like(y, folded.size(0), stride)
-    z = _rows(y, stride) @ folded.double().T + shift.double()
+    z = _rows(_normalised(y, norm), stride) @ folded.double().T + shift.double()
     if y2 is not None:
         z = z + _rows(y2, stride2) @ folded2.double().T
     if residual is not None:
-        z = z + _rows(residual)
+        z = z + _rows(_masked(residual, residual_mask))
     out.copy_(_as_image(z.relu() if relu else z, out))
     return out, pack_mask(~(out <= 0)) if save_mask else y.new_empty(0, dtype=torch.uint8)
 
@@ -120,6 +134,7 @@ def _conv1x1_bn_act_backward_reduce_reference(
     dy: Tensor,
     mask: Tensor | None,
     y: Tensor,
+    norm: Tensor | None,
     stride: int,
     y2: Tensor | None,
     stride2: int,
@@ -131,7 +146,7 @@ def _conv1x1_bn_act_backward_reduce_reference(
     return (
         torch.empty_like(dy).copy_(masked) if need_g else dy.new_empty(0),
         g.sum(0),
-        g.T @ _rows(y, stride) if need_products else g.new_empty(0),
+        g.T @ _rows(_normalised(y, norm), stride) if need_products else g.new_empty(0),
         g.T @ _rows(y2, stride2) if need_products and y2 is not None else g.new_empty(0),
     )
 
@@ -148,6 +163,7 @@ def _conv1x1_bn_act_backward_apply_reference(
     dy: Tensor,
     mask: Tensor | None,
     y: Tensor,
+    norm: Tensor | None,
     folded: Tensor,
     mixing: Tensor,
     offset: Tensor,
@@ -159,24 +175,30 @@ def _conv1x1_bn_act_backward_apply_reference(
     stride2: int,
     need_dx: bool,
     need_dx2: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     g = _rows(_masked(dy, mask))
-    return (
-        _reference_dx(g, y, folded, mixing, offset, stride) if need_dx else y.new_empty(0),
-        _reference_dx(g, y2, folded2, mixing2, offset2, stride2) if need_dx2 else y.new_empty(0),
-    )
+    dx, sums = y.new_empty(0), y.new_empty(0, dtype=torch.float64)
+    if need_dx:
+        activated = _normalised(y, norm)
+        dx = _reference_dx(g, activated, folded, mixing, offset, stride)
+        if norm is not None:
+            dx = dx.where(~(activated <= 0), 0.0)
+            rows = _rows(dx)
+            sums = torch.stack([rows.sum(0), (rows * (_rows(y) - norm[0].double())).sum(0)])
+    dx2 = _reference_dx(g, y2, folded2, mixing2, offset2, stride2) if need_dx2 else y.new_empty(0)
+    return dx, dx2, sums
 
 
 # ---- fake kernels ----------------------------------------------------------------------------------------------------
 
 
-def _conv1x1_moments_fake(y: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+def _conv1x1_moments_fake(y: Tensor, norm: Tensor | None, stride: int) -> tuple[Tensor, Tensor]:
     channels = y.size(1)
     return y.new_empty(channels, dtype=torch.float64), y.new_empty((channels, channels), dtype=torch.float64)
 
 
 def _conv1x1_bn_act_apply_fake(
-    y: Tensor, folded: Tensor, shift: Tensor, stride: int, *args: Any
+    y: Tensor, norm: Tensor | None, folded: Tensor, shift: Tensor, stride: int, *args: Any
 ) -> tuple[Tensor, Tensor]:
     save_mask = args[-1]
     out = _output_like(y, folded.size(0), stride)
@@ -187,6 +209,7 @@ def _conv1x1_bn_act_backward_reduce_fake(
     dy: Tensor,
     mask: Tensor | None,
     y: Tensor,
+    norm: Tensor | None,
     stride: int,
     y2: Tensor | None,
     stride2: int,
@@ -202,10 +225,11 @@ def _conv1x1_bn_act_backward_reduce_fake(
 
 
 def _conv1x1_bn_act_backward_apply_fake(
-    dy: Tensor, mask: Tensor | None, y: Tensor, *args: Any
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, mask: Tensor | None, y: Tensor, norm: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     y2, need_dx, need_dx2 = args[4], *args[-2:]
-    return tuple(torch.empty_like(v) if wanted else y.new_empty(0) for v, wanted in ((y, need_dx), (y2, need_dx2)))
+    dx, dx2 = (torch.empty_like(v) if wanted else y.new_empty(0) for v, wanted in ((y, need_dx), (y2, need_dx2)))
+    return dx, dx2, y.new_empty((2, y.size(1)) if need_dx and norm is not None else 0, dtype=torch.float64)
 
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
@@ -237,7 +261,7 @@ def _triton_conv1x1_bn_act_backward_apply() -> Any:
 
 CONV1X1_MOMENTS = define(
     "conv1x1_moments",
-    "(Tensor y, int stride) -> (Tensor mean, Tensor cov)",
+    "(Tensor y, Tensor? norm, int stride) -> (Tensor mean, Tensor cov)",
     _conv1x1_moments_reference,
     _conv1x1_moments_fake,
     triton=_triton_conv1x1_moments,
@@ -245,8 +269,8 @@ CONV1X1_MOMENTS = define(
 
 CONV1X1_BN_ACT_APPLY = define(
     "conv1x1_bn_act_apply",
-    "(Tensor y, Tensor folded, Tensor shift, int stride, Tensor? y2, Tensor? folded2, int stride2, Tensor? residual,"
-    " bool relu, bool save_mask) -> (Tensor out, Tensor mask)",
+    "(Tensor y, Tensor? norm, Tensor folded, Tensor shift, int stride, Tensor? y2, Tensor? folded2, int stride2,"
+    " Tensor? residual, Tensor? residual_mask, bool relu, bool save_mask) -> (Tensor out, Tensor mask)",
     _conv1x1_bn_act_apply_reference,
     _conv1x1_bn_act_apply_fake,
     triton=_triton_conv1x1_bn_act_apply,
@@ -254,7 +278,8 @@ CONV1X1_BN_ACT_APPLY = define(
 
 CONV1X1_BN_ACT_BACKWARD_REDUCE = define(
     "conv1x1_bn_act_backward_reduce",
-    "(Tensor dy, Tensor? mask, Tensor y, int stride, Tensor? y2, int stride2, bool need_g, bool need_products)"
+    "(Tensor dy, Tensor? mask, Tensor y, Tensor? norm, int stride, Tensor? y2, int stride2, bool need_g,"
+    " bool need_products)"
     " -> (Tensor g, Tensor sum_g, Tensor products, Tensor products2)",
     _conv1x1_bn_act_backward_reduce_reference,
     _conv1x1_bn_act_backward_reduce_fake,
@@ -263,21 +288,13 @@ CONV1X1_BN_ACT_BACKWARD_REDUCE = define(
 
 CONV1X1_BN_ACT_BACKWARD_APPLY = define(
     "conv1x1_bn_act_backward_apply",
-    "(Tensor dy, Tensor? mask, Tensor y, Tensor folded, Tensor mixing, Tensor offset, int stride,"
+    "(Tensor dy, Tensor? mask, Tensor y, Tensor? norm, Tensor folded, Tensor mixing, Tensor offset, int stride,"
     " Tensor? y2, Tensor? folded2, Tensor? mixing2, Tensor? offset2, int stride2, bool need_dx, bool need_dx2)"
-    " -> (Tensor dx, Tensor dx2)",
+    " -> (Tensor dx, Tensor dx2, Tensor sums)",
     _conv1x1_bn_act_backward_apply_reference,
     _conv1x1_bn_act_backward_apply_fake,
     triton=_triton_conv1x1_bn_act_backward_apply,
 )
-
-OPS = (
-    CONV1X1_MOMENTS,
-    CONV1X1_BN_ACT_APPLY,
-    CONV1X1_BN_ACT_BACKWARD_REDUCE,
-    CONV1X1_BN_ACT_BACKWARD_APPLY,
-)
-
 
 # ---- traffic ---------------------------------------------------------------------------------------------------------
 
@@ -299,20 +316,26 @@ class _Sizes:
         self.out, self.mask, self.shift = of_out.x, of_out.mask, of_out.wide
         self.folded, self.mixing, self.offset = channels * c * dtype.itemsize, c * c * dtype.itemsize, of_y.wide
         self.products, self.sums = channels * c * _FLOAT64, channels * _FLOAT64
+        self.norm, self.norm_sums = 3 * of_y.wide, 2 * c * _FLOAT64
 
 
 def _one_launch(name: str, loads: int, stores: int) -> Traffic:
     return Traffic(loads + stores, (Launch(name, loads, stores),))
 
 
-def conv1x1_moments_traffic(shape: Sequence[int], dtype: torch.dtype, *, stride: int = 1) -> Traffic:
+def conv1x1_moments_traffic(
+    shape: Sequence[int], dtype: torch.dtype, *, norm: bool = False, stride: int = 1
+) -> Traffic:
     """Bytes of the moments of a channels_last (N, C, H, W): one pass over the pixels that the stride takes.
+
+    Args:
+        norm: whether y is normalised as it is read.
 
     Raises:
         ValueError: a shape that is not four sizes, a stride that is not positive; so do the other three.
     """
     s, c = _Sizes(shape, 1, dtype, stride), shape[1]
-    return _one_launch("moments", s.y, (c + c * c) * _FLOAT64)
+    return _one_launch("moments", s.y + norm * s.norm, (c + c * c) * _FLOAT64)
 
 
 def conv1x1_bn_act_apply_traffic(
@@ -320,20 +343,23 @@ def conv1x1_bn_act_apply_traffic(
     channels: int,
     dtype: torch.dtype,
     *,
+    norm: bool = False,
     stride: int = 1,
     shape2: Sequence[int] | None = None,
     stride2: int = 1,
     residual: bool = False,
+    residual_mask: bool = False,
     save_mask: bool = True,
 ) -> Traffic:
     """Bytes of the forward's GEMM.
 
     Args:
         shape: of y, (N, C, H, W). channels: of the output. shape2, stride2: of the second of a pair.
-        residual, save_mask: whether there are a residual and a mask.
+        norm: whether y is normalised as it is read.
+        residual, residual_mask, save_mask: whether there are a residual, a mask over it, and one of the output.
     """
     s = _Sizes(shape, channels, dtype, stride)
-    loads = s.y + s.folded + s.shift + residual * s.out
+    loads = s.y + norm * s.norm + s.folded + s.shift + residual * s.out + residual_mask * s.mask
     if shape2 is not None:
         second = _Sizes(shape2, channels, dtype, stride2)
         loads += second.y + second.folded
@@ -345,6 +371,7 @@ def conv1x1_bn_act_backward_reduce_traffic(
     channels: int,
     dtype: torch.dtype,
     *,
+    norm: bool = False,
     stride: int = 1,
     shape2: Sequence[int] | None = None,
     stride2: int = 1,
@@ -354,7 +381,8 @@ def conv1x1_bn_act_backward_reduce_traffic(
 ) -> Traffic:
     """Bytes of the backward's reduction; arguments as of the op and of :func:`conv1x1_bn_act_apply_traffic`."""
     s = _Sizes(shape, channels, dtype, stride)
-    loads, stores = s.out + relu * s.mask + need_products * s.y, need_g * s.out + s.sums + need_products * s.products
+    loads = s.out + relu * s.mask + need_products * (s.y + norm * s.norm)
+    stores = need_g * s.out + s.sums + need_products * s.products
     if shape2 is not None and need_products:
         second = _Sizes(shape2, channels, dtype, stride2)
         loads, stores = loads + second.y, stores + second.products
@@ -366,6 +394,7 @@ def conv1x1_bn_act_backward_apply_traffic(
     channels: int,
     dtype: torch.dtype,
     *,
+    norm: bool = False,
     stride: int = 1,
     shape2: Sequence[int] | None = None,
     stride2: int = 1,
@@ -382,41 +411,32 @@ def conv1x1_bn_act_backward_apply_traffic(
     if need_dx2:
         wanted.append(_Sizes(shape2, channels, dtype, stride2))
     loads = first.out + relu * first.mask + sum(s.y + s.folded + s.mixing + s.offset for s in wanted)
-    return _one_launch("apply", loads, sum(s.image for s in wanted))
+    normalises = norm and need_dx
+    return _one_launch(
+        "apply", loads + normalises * first.norm, sum(s.image for s in wanted) + normalises * first.norm_sums
+    )
 
 
 # ---- small matrices --------------------------------------------------------------------------------------------------
-
-
-class Moments(NamedTuple):
-    """Of what goes into a convolution, and of what would come out; float64.
-
-    ``mean`` (C,) and ``cov`` (C, C), a sum over ``count`` pixels; ``mu`` and ``var``, (K,), the latter biased.
-    """
-
-    mean: Tensor
-    cov: Tensor
-    count: int
-    mu: Tensor
-    var: Tensor
 
 
 def _matrix(conv_weight: Tensor) -> Tensor:
     return conv_weight.flatten(1).double()  # (K, C)
 
 
-def output_moments(conv_weight: Tensor, mean: Tensor, cov: Tensor, count: int) -> Moments:
-    """The moments with the statistics of the convolution's output."""
+def output_moments(conv_weight: Tensor, mean: Tensor, cov: Tensor, count: int) -> Tensor:
+    """Mean and biased variance of the convolution's output, (2, K) in float64."""
     w = _matrix(conv_weight)
-    var = ((w @ cov) * w).sum(1) / count
-    return Moments(mean, cov, count, w @ mean, var.clamp(min=0))  # which keeps NaN
+    return torch.stack([w @ mean, (((w @ cov) * w).sum(1) / count).clamp(min=0)])  # which keeps NaN
 
 
-def conditioning(conv_weight: Tensor, moments: Moments, eps: float) -> Conditioning:
+def conditioning(
+    conv_weight: Tensor, mean: Tensor, cov: Tensor, count: int, moments: Tensor, eps: float
+) -> Conditioning:
     """How exactly the fold of these moments would be computed; waits for the device."""
-    variance = moments.cov.diagonal() / moments.count
-    columns = torch.stack([variance + moments.mean.square(), variance], 1)  # (C, 2)
-    terms = _matrix(conv_weight.detach()).square() @ columns / (moments.var + eps).unsqueeze(1)  # (K, 2)
+    variance = cov.diagonal() / count
+    columns = torch.stack([variance + mean.square(), variance], 1)  # (C, 2)
+    terms = _matrix(conv_weight.detach()).square() @ columns / (moments[1] + eps).unsqueeze(1)  # (K, 2)
     return Conditioning(*terms.amax(0).tolist())
 
 
@@ -429,16 +449,195 @@ def _fold_weight(conv_weight: Tensor, weight: Tensor | None, rstd: Tensor, dtype
     return (_matrix(conv_weight) * _scale(weight, rstd).unsqueeze(1)).to(dtype)  # (K, C)
 
 
-def fold(
-    conv_weight: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Moments, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """w~ in ``dtype``; t, and the statistics (2, K) that the backward needs, mu and rstd, in float64."""
-    rstd = (moments.var + eps).rsqrt()
+def _conv1x1_bn_fold_reference(
+    conv_weight: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    cov: Tensor,
+    moments: Tensor | None,
+    eps: float,
+    count: int,
+    shift0: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    own = output_moments(conv_weight, mean, cov, count)
+    mu, var = own if moments is None else moments
+    rstd = (var + eps).rsqrt()
     folded = _fold_weight(conv_weight, weight, rstd, dtype)
-    shift = -(folded.double() @ moments.mean)
+    shift = _scale(weight, rstd) * (own[0] - mu) - folded.double() @ mean
     if bias is not None:
         shift = shift + bias.double()
-    return folded, shift, torch.stack([moments.mu, rstd])
+    if shift0 is not None:
+        shift = shift + shift0.double()
+    covariance = (cov / count).to(torch.float64 if dtype.itemsize > 2 else torch.float32)
+    return folded, shift.to(wide_dtype(dtype)), torch.stack([mu, var, rstd]), covariance
+
+
+def _conv1x1_bn_fold_fake(
+    conv_weight: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, cov: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = args[-1]
+    k, c = conv_weight.size(0), mean.size(0)
+    return (
+        mean.new_empty((k, c), dtype=dtype),
+        mean.new_empty(k, dtype=wide_dtype(dtype)),
+        mean.new_empty((3, k)),
+        mean.new_empty((c, c), dtype=torch.float64 if dtype.itemsize > 2 else torch.float32),
+    )
+
+
+def unfold(
+    conv_weight: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    covariance: Tensor,
+    stats: Tensor,
+    sum_g: Tensor,
+    products: Tensor,
+    count: int,
+    dtype: torch.dtype,
+    need_dconv_weight: bool,
+    need_dy: bool,
+    own_count: int | None = None,
+    reduced: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What ``conv1x1_bn_unfold`` gives; of a group of processes with ``own_count`` and ``reduced``, the sum over ranks.
+
+    ``mean`` and the sums are then those of the own part, ``stats`` and ``count`` of the whole.
+    """
+    w, (mu, _, rstd) = _matrix(conv_weight), stats
+    scale = _scale(weight, rstd)
+    centred = torch.addr(products, sum_g, mean, alpha=-1)  # (K, C)
+    dweight = rstd * (w * centred).sum(1)
+    total_g, total_dweight, off = sum_g, dweight, None
+    if reduced is not None:
+        off = w @ mean - mu
+        dweight = dweight + rstd * off * sum_g
+        total_g, total_dweight = reduced(torch.stack([sum_g, dweight]))
+    slope = -(scale * rstd * total_dweight)  # n b
+    weighted = w * slope.unsqueeze(1)
+    dconv_weight = conv_weight.new_empty(0)
+    folded, mixing, offset = (mean.new_empty(0, dtype=t) for t in (dtype, dtype, wide_dtype(dtype)))
+    if need_dconv_weight:
+        d = torch.addmm(scale.unsqueeze(1) * centred, weighted, covariance.double())
+        if off is not None:
+            share = own_count / count
+            d = torch.addr(d, scale * (sum_g - share * total_g) + share * slope * off, mean)
+        dconv_weight = torch.empty_like(conv_weight).copy_(d.view(conv_weight.shape))  # with its strides
+    if need_dy:
+        folded = _fold_weight(conv_weight, weight, rstd, dtype)
+        mixing = (w.T @ weighted / count).to(dtype)  # (C, C)
+        offset = -(folded.double().T @ total_g) / count - mixing.double().T @ mean
+        if off is not None:
+            offset = offset + w.T @ (slope * off) / count
+    return dconv_weight, dweight, folded, mixing, offset.to(wide_dtype(dtype))
+
+
+def _conv1x1_bn_unfold_fake(
+    conv_weight: Tensor, weight: Tensor | None, mean: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype, need_dconv_weight, need_dy = args[-3:]
+    k, c = conv_weight.size(0), mean.size(0)
+    return (
+        torch.empty_like(conv_weight) if need_dconv_weight else conv_weight.new_empty(0),
+        mean.new_empty(k),
+        mean.new_empty((k, c) if need_dy else 0, dtype=dtype),
+        mean.new_empty((c, c) if need_dy else 0, dtype=dtype),
+        mean.new_empty(c if need_dy else 0, dtype=wide_dtype(dtype)),
+    )
+
+
+def _conv1x1_bn_update_running_reference(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    stats: Tensor,
+    count: int,
+) -> None:
+    update_running(running_mean, running_var, num_batches_tracked, momentum, stats[0], stats[1], count)
+
+
+def _triton_conv1x1_bn_fold() -> Any:
+    from ..kernels.conv1x1_bn_fold import conv1x1_bn_fold
+
+    return conv1x1_bn_fold
+
+
+def _triton_conv1x1_bn_unfold() -> Any:
+    from ..kernels.conv1x1_bn_fold import conv1x1_bn_unfold
+
+    return conv1x1_bn_unfold
+
+
+def _triton_conv1x1_bn_update_running() -> Any:
+    from ..kernels.conv1x1_bn_fold import conv1x1_bn_update_running
+
+    return conv1x1_bn_update_running
+
+
+CONV1X1_BN_FOLD = define(
+    "conv1x1_bn_fold",
+    "(Tensor conv_weight, Tensor? weight, Tensor? bias, Tensor mean, Tensor cov, Tensor? moments, float eps, int count,"
+    " Tensor? shift0, ScalarType dtype) -> (Tensor folded, Tensor shift, Tensor stats, Tensor covariance)",
+    _conv1x1_bn_fold_reference,
+    _conv1x1_bn_fold_fake,
+    triton=_triton_conv1x1_bn_fold,
+)
+
+CONV1X1_BN_UNFOLD = define(
+    "conv1x1_bn_unfold",
+    "(Tensor conv_weight, Tensor? weight, Tensor mean, Tensor covariance, Tensor stats, Tensor sum_g, Tensor products,"
+    " int count, ScalarType dtype, bool need_dconv_weight, bool need_dy)"
+    " -> (Tensor dconv_weight, Tensor dweight, Tensor folded, Tensor mixing, Tensor offset)",
+    unfold,
+    _conv1x1_bn_unfold_fake,
+    triton=_triton_conv1x1_bn_unfold,
+)
+
+CONV1X1_BN_UPDATE_RUNNING = define(
+    "conv1x1_bn_update_running",
+    "(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum,"
+    " Tensor stats, int count) -> ()",
+    _conv1x1_bn_update_running_reference,
+    lambda *args: None,
+    triton=_triton_conv1x1_bn_update_running,
+)
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+class FoldingOps(NamedTuple):
+    """Who serves the four passes over pixels, the two over small matrices, and the running statistics."""
+
+    moments: Callable[..., Any]
+    apply: Callable[..., Any]
+    reduce: Callable[..., Any]
+    backward_apply: Callable[..., Any]
+    fold: Callable[..., Any]
+    unfold: Callable[..., Any]
+    update_running: Callable[..., Any]
+
+
+def folding_ops(y: Tensor) -> FoldingOps | None:
+    """Who serves tensors like ``y``; None where that is nobody. The small matrices are ATen's where no kernel is."""
+    passes = (
+        CONV1X1_MOMENTS,
+        CONV1X1_BN_ACT_APPLY,
+        CONV1X1_BN_ACT_BACKWARD_REDUCE,
+        CONV1X1_BN_ACT_BACKWARD_APPLY,
+    )
+    try:
+        served = tuple(serve(op, y) for op in passes)
+    except RuntimeError:  # a forced backend without these kernels serves what follows the convolution
+        return None
+    if None in served:
+        return None
+    of_matrices = (CONV1X1_BN_FOLD, CONV1X1_BN_UNFOLD, CONV1X1_BN_UPDATE_RUNNING)
+    small = (op.reference if y.is_cpu else serve(op, y) or op.reference for op in of_matrices)
+    return FoldingOps(*served, *small)
 
 
 class _Branch(NamedTuple):
@@ -452,75 +651,51 @@ class _Branch(NamedTuple):
     weight: Tensor | None
     mean: Tensor
     covariance: Tensor
-    stats: Tensor
+    stats: Tensor  # (3, K): mean, variance, rstd
     count: int
     stride: int
     eps: float
     needs: tuple[bool, bool, bool]
 
-
-class _Unfolded(NamedTuple):
-    """Gradients of one convolution with its normalisation, and what the pass that writes ``dy`` takes."""
-
-    dconv_weight: Tensor | None
-    dweight: Tensor
-    folded: Tensor | None
-    mixing: Tensor | None
-    offset: Tensor | None
-
-
-def unfold(branch: _Branch, sum_g: Tensor, products: Tensor) -> _Unfolded:
-    """From ``s1`` and ``P``; all in float64, but for what is rounded to the dtype of y."""
-    y, conv_weight, weight, mean, covariance, (_, rstd), count, *_ = branch
-    need_dy, need_dconv_weight, _ = branch.needs
-    w, scale = _matrix(conv_weight), _scale(weight, rstd)
-    centred = torch.addr(products, sum_g, mean, alpha=-1)  # (K, C)
-    dweight = rstd * (w * centred).sum(1)
-    weighted = w * (scale * rstd * dweight).neg().unsqueeze(1)  # n b w
-    dconv_weight = folded = mixing = offset = None
-    if need_dconv_weight:
-        dconv_weight = torch.addmm(scale.unsqueeze(1) * centred, weighted, covariance.double())
-        dconv_weight = torch.empty_like(conv_weight).copy_(dconv_weight.view(conv_weight.shape))  # with its strides
-    if need_dy:
-        folded = _fold_weight(conv_weight, weight, rstd, y.dtype)
-        mixing = (w.T @ weighted / count).to(y.dtype)  # (C, C)
-        offset = -(folded.double().T @ sum_g) / count - mixing.double().T @ mean
-        offset = offset.to(wide_dtype(y.dtype))
-    return _Unfolded(dconv_weight, dweight, folded, mixing, offset)
-
-
-# ---- autograd --------------------------------------------------------------------------------------------------------
+    def unfold(self, op: Callable[..., Any], sum_g: Tensor, products: Tensor) -> tuple[Tensor, ...]:
+        """dconv_weight, dweight, and what the pass that writes ``dy`` takes."""
+        small = (self.mean, self.covariance, self.stats, sum_g, products)
+        need_dy, need_dconv_weight, _ = self.needs
+        return op(self.conv_weight, self.weight, *small, self.count, self.y.dtype, need_dconv_weight, need_dy)
 
 
 def _gradients(
-    dy: Tensor, mask: Tensor | None, branches: Sequence[_Branch], need_g: bool, ops: tuple[Callable[..., Any], ...]
+    dy: Tensor, mask: Tensor | None, branches: Sequence[_Branch], need_g: bool, ops: FoldingOps
 ) -> tuple[Tensor, Tensor, list[tuple[Tensor | None, ...]]]:
     """g, its sums, and of each branch dy, dconv_weight, dweight; None for what is not wanted."""
-    reduce, apply = ops
     wanted = [b for b in branches if any(b.needs)]
     first, second = (*wanted, *branches)[0], wanted[1] if len(wanted) == 2 else None
     second_y = (None, 1) if second is None else (second.y, second.stride)
-    g, sum_g, *products = reduce(dy, mask, first.y, first.stride, *second_y, need_g, bool(wanted))
-    unfolded = [unfold(b, sum_g, p) for b, p in zip(wanted, products, strict=False)]
+    g, sum_g, *products = ops.reduce(dy, mask, first.y, None, first.stride, *second_y, need_g, bool(wanted))
+    unfolded = [b.unfold(ops.unfold, sum_g, p) for b, p in zip(wanted, products, strict=False)]
 
-    passes = [
-        (b.y, u.folded, u.mixing, u.offset, b.stride) for b, u in zip(wanted, unfolded, strict=True) if b.needs[0]
-    ]
+    passes = [(b.y, *matrices, b.stride) for b, (_, _, *matrices) in zip(wanted, unfolded, strict=True) if b.needs[0]]
     dys: list[Tensor] = []
     if passes:
         other = passes[1] if len(passes) == 2 else (None, None, None, None, 1)
         # g, once written, is as small as dy and needs no mask
         source = (g, None) if need_g else (dy, mask)
-        dys = list(apply(*source, *passes[0], *other, True, len(passes) == 2))
+        first_y, *of_first = passes[0]
+        *dys, _ = ops.backward_apply(*source, first_y, None, *of_first, *other, True, len(passes) == 2)
     of_wanted = iter(unfolded)
     results: list[tuple[Tensor | None, ...]] = []
     for b in branches:
         if not any(b.needs):
             results.append((None, None, None))
             continue
-        u, (need_dy, _, need_dweight) = next(of_wanted), b.needs
-        dweight = u.dweight.to(b.weight.dtype) if need_dweight else None
-        results.append((dys.pop(0) if need_dy else None, u.dconv_weight, dweight))
+        (dconv_weight, dweight, *_), (need_dy, need_dconv_weight, need_dweight) = next(of_wanted), b.needs
+        results.append(
+            (
+                dys.pop(0) if need_dy else None,
+                dconv_weight if need_dconv_weight else None,
+                dweight.to(b.weight.dtype) if need_dweight else None,
+            )
+        )
     return g, sum_g, results
 
 
@@ -549,47 +724,50 @@ def _differentiable_gradients(g: Tensor, branch: _Branch) -> tuple[Tensor, Tenso
 class Input(NamedTuple):
     """One convolution with its normalisation, forward.
 
-    ``running`` are the arguments of ``update_running`` up to ``momentum``.
+    ``mean``, ``cov`` and ``count`` are the moments of what the convolution reads; ``moments``, if known, what
+    ``output_moments`` gives; ``running`` are the arguments of ``update_running`` up to ``momentum``.
     """
 
     y: Tensor
     conv_weight: Tensor
     weight: Tensor | None
     bias: Tensor | None
-    moments: Moments
+    mean: Tensor
+    cov: Tensor
+    count: int
+    moments: Tensor | None
     running: tuple[Any, ...]
     eps: float
     stride: int
 
-    def update_running(self) -> None:
-        update_running(*self.running, self.moments.mu, self.moments.var, self.moments.count)
-
-    def saved(self, stats: Tensor) -> tuple[Tensor | None, ...]:
-        """The tensors of a :class:`_Branch`; with 16 bits, float32 holds the covariance."""
-        mean, cov, count, *_ = self.moments
-        dtype = torch.float64 if self.y.element_size() > 2 else torch.float32
-        return self.y, self.conv_weight, self.weight, mean, (cov / count).to(dtype), stats
+    def fold(self, op: Callable[..., Any], shift0: Tensor | None = None) -> tuple[Tensor, ...]:
+        """w~, t, mean, variance and rstd of the output, and ``cov / count``."""
+        affine, of_y = (self.conv_weight, self.weight, self.bias), (self.mean, self.cov, self.moments)
+        return op(*affine, *of_y, self.eps, self.count, shift0, self.y.dtype)
 
 
 def folded_forward(
-    inputs: Sequence[Input], residual: Tensor | None, relu: bool, save_mask: bool, apply: Callable[..., Any]
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """out, its mask, and of each convolution the statistics; the running ones stay as they are."""
-    folded, shifts, stats = zip(
-        *(fold(i.conv_weight, i.weight, i.bias, i.moments, i.eps, i.y.dtype) for i in inputs), strict=True
-    )
-    y = inputs[0].y
+    inputs: Sequence[Input], residual: Tensor | None, relu: bool, save_mask: bool, ops: FoldingOps
+) -> tuple[Tensor, Tensor, list[tuple[Tensor | None, ...]]]:
+    """out, its mask, and of each convolution what a :class:`_Branch` takes; moves the running statistics."""
+    y, shift = inputs[0].y, None
+    folded, saved = [], []
+    for i in inputs:
+        of_input, shift, stats, covariance = i.fold(ops.fold, shift)
+        folded.append(of_input)
+        saved.append((i.y, i.conv_weight, i.weight, i.mean, covariance, stats))
     second = (inputs[1].y, folded[1], inputs[1].stride) if len(inputs) == 2 else (None, None, 1)
-    shift = torch.stack(shifts).sum(0).to(wide_dtype(y.dtype))
-    out, mask = apply(y, folded[0], shift, inputs[0].stride, *second, residual, relu, save_mask)
-    return out, mask, list(stats)
+    of_first = (folded[0], shift, inputs[0].stride)
+    out, mask = ops.apply(y, None, *of_first, *second, residual, None, relu, save_mask)
+    for i, (*_, stats) in zip(inputs, saved, strict=True):
+        ops.update_running(*i.running, stats, i.count)
+    return out, mask, saved
 
 
 class Conv1x1BNActFunction(Function):
     """``act(bn(conv(y)) + residual)`` of channels_last tensors, in training.
 
-    ``config`` is what is not differentiable: ``(moments, running, eps, stride, relu, ops)``, the first four as in
-    :class:`Input`, ``ops`` who serves the three passes after the moments.
+    ``config`` is what is not differentiable: what an :class:`Input` has after ``bias``, then ``relu`` and ``ops``.
     """
 
     @staticmethod
@@ -600,21 +778,13 @@ class Conv1x1BNActFunction(Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        config: tuple[Moments, tuple[Any, ...], float, int, bool, tuple[Callable[..., Any], ...]],
+        config: tuple[Any, ...],
     ) -> Tensor:
-        *of_branch, relu, (apply, *backward_ops) = config
+        *of_branch, relu, ops = config
         branch = Input(y, conv_weight, weight, bias, *of_branch)
-        out, mask, (stats,) = folded_forward((branch,), residual, relu, relu, apply)
-        saved = branch.saved(stats)
-        branch.update_running()
+        out, mask, (saved,) = folded_forward((branch,), residual, relu, relu, ops)
         ctx.save_for_backward(*saved, mask if relu else None)
-        ctx.config = (
-            branch.moments.count,
-            branch.stride,
-            branch.eps,
-            None if bias is None else bias.dtype,
-            backward_ops,
-        )
+        ctx.config = (branch.count, branch.stride, branch.eps, None if bias is None else bias.dtype, ops)
         return out
 
     @staticmethod
@@ -649,8 +819,7 @@ class Conv1x1BNActFunction(Function):
 class Conv1x1BNAddConv1x1BNActFunction(Function):
     """``act(bn(conv(y)) + bn2(conv2(y2)))`` of channels_last tensors, in training.
 
-    ``config`` is ``(moments, running, eps, stride, moments2, running2, eps2, stride2, relu, ops)``, as in
-    :class:`Conv1x1BNActFunction`.
+    ``config`` is what either :class:`Input` has after ``bias``, one after the other, then ``relu`` and ``ops``.
     """
 
     @staticmethod
@@ -666,17 +835,15 @@ class Conv1x1BNAddConv1x1BNActFunction(Function):
         bias2: Tensor | None,
         config: tuple[Any, ...],
     ) -> Tensor:
-        *of_branches, relu, (apply, *backward_ops) = config
-        first = Input(y, conv_weight, weight, bias, *of_branches[:4])
-        second = Input(y2, conv_weight2, weight2, bias2, *of_branches[4:])
-        out, mask, (stats, stats2) = folded_forward((first, second), None, relu, relu, apply)
-        saved = (*first.saved(stats), *second.saved(stats2), mask if relu else None)
-        for branch in (first, second):
-            branch.update_running()
-        ctx.save_for_backward(*saved)
-        ctx.config = tuple((b.moments.count, b.stride, b.eps) for b in (first, second))
+        *of_branches, relu, ops = config
+        half = len(of_branches) // 2
+        first = Input(y, conv_weight, weight, bias, *of_branches[:half])
+        second = Input(y2, conv_weight2, weight2, bias2, *of_branches[half:])
+        out, mask, (saved, saved2) = folded_forward((first, second), None, relu, relu, ops)
+        ctx.save_for_backward(*saved, *saved2, mask if relu else None)
+        ctx.config = tuple((b.count, b.stride, b.eps) for b in (first, second))
         ctx.dtypes = tuple(None if b is None else b.dtype for b in (bias, bias2))
-        ctx.ops = backward_ops
+        ctx.ops = ops
         return out
 
     @staticmethod
