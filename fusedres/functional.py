@@ -12,12 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .ops import registry
 from .ops.add_act import ADD_ACT, ADD_ACT_BACKWARD, AddActFunction
@@ -30,11 +28,13 @@ from .ops.batch_norm_act import (
     BatchNormAddBatchNormActFunction,
     eager_batch_norm,
 )
+from .ops.batch_norm_act_conv import BatchNormActConvFunction, Convolution, Norm, passes
 from .ops.batch_norm_act_max_pool import (
     BATCH_NORM_ACT_MAX_POOL,
     BATCH_NORM_ACT_MAX_POOL_BACKWARD,
     BatchNormActMaxPoolFunction,
 )
+from .ops.batch_norm_sync import memory_format_of
 from .ops.checks import (
     check_act,
     check_addend,
@@ -50,21 +50,18 @@ from .ops.checks import (
 from .ops.conv1x1_bn_act import (
     Conv1x1BNActFunction,
     Conv1x1BNAddConv1x1BNActFunction,
-    FoldingOps,
     Input,
-    conditioning,
     folded_forward,
-    folding_ops,
-    output_moments,
-    pixels,
-    strided_size,
 )
-from .ops.folding import folding_asked, folding_choice, numerically_safe, safe_unseen
-from .ops.layout import dense, is_channels_last
+from .ops.folded_call import Conv1x1, can_move, checked_moments, folding_ops_for
+from .ops.folding import FoldingDecision, folding_asked
+from .ops.layout import dense
+from .ops.tracing import is_traced
 
 __all__ = [
     "add_act",
     "batch_norm_act",
+    "batch_norm_act_conv",
     "batch_norm_act_max_pool",
     "batch_norm_add_batch_norm_act",
     "conv1x1_bn_act",
@@ -91,15 +88,6 @@ _functorch_is_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
-
-
-def _is_traced() -> bool:
-    """Whether something records or transforms this call, so that it must see plain ATen ops."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return True
-    if is_compiling():
-        return torch.compiler._is_exporting_flag  # is_exporting() is true for Dynamo of torch 2.10
-    return torch._C._get_tracing_state() is not None
 
 
 def _is_plain(x: Tensor, act: str | None) -> bool:
@@ -323,7 +311,7 @@ def batch_norm_act(
     check_batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     if residual is not None:
         check_addend("residual", residual, x)
-    op = None if _is_traced() or x.dim() != 4 or x.numel() == 0 else registry.serve(BATCH_NORM_ACT, x)
+    op = None if is_traced() or x.dim() != 4 or x.numel() == 0 else registry.serve(BATCH_NORM_ACT, x)
     if op is None:
         check_not_inference({"x": x, "weight": weight})
         y = eager_batch_norm(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
@@ -492,7 +480,7 @@ def batch_norm_add_batch_norm_act(
         x2, running_mean2, running_var2, weight2, bias2, training2, momentum2, eps2, num_batches_tracked2, suffix="2"
     )
     check_addend("x2", x2, x)
-    unfused = _is_traced() or x.dim() != 4 or x.numel() == 0 or x2.shape != x.shape or x2.dtype != x.dtype
+    unfused = is_traced() or x.dim() != 4 or x.numel() == 0 or x2.shape != x.shape or x2.dtype != x.dtype
     if is_compiling():  # Dynamo refuses a Function that is given one tensor twice
         first = (weight, bias, running_mean, running_var, num_batches_tracked)
         second = (weight2, bias2, running_mean2, running_var2, num_batches_tracked2)
@@ -637,7 +625,7 @@ def batch_norm_act_max_pool(
     if x.size(2) < window[3][0] or x.size(3) < window[3][1]:
         y = _activated(eager_batch_norm(x, weight, bias, *statistics), act)
         return _max_pool_of_padding(y, *window, ceil_mode)
-    if op is None or window[0][0] * window[0][1] > _MOST_TAPS or _is_traced() or x.numel() == 0:
+    if op is None or window[0][0] * window[0][1] > _MOST_TAPS or is_traced() or x.numel() == 0:
         check_not_inference({"x": x, "weight": weight})
         y = _activated(eager_batch_norm(x, weight, bias, *statistics), act)
         return F.max_pool2d(y, *window, ceil_mode)
@@ -754,7 +742,7 @@ def _check_add(x: Any, residual: Any) -> None:
 
 def _fused_add(x: Any, residual: Any, act: str | None) -> Any:
     """The op that serves this addition, or None where it is eager's."""
-    if not isinstance(x, Tensor) or not isinstance(residual, Tensor) or act is None or _is_traced():
+    if not isinstance(x, Tensor) or not isinstance(residual, Tensor) or act is None or is_traced():
         return None
     if x.shape != residual.shape or x.dtype != residual.dtype or x.device != residual.device or x.numel() == 0:
         return None
@@ -822,6 +810,110 @@ def conv_bn_act(
     )
 
 
+def batch_norm_act_conv(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    act: str | None = "relu",
+    num_batches_tracked: Tensor | None = None,
+    process_group: Any = None,
+) -> Tensor:
+    r"""Batch normalisation, activation, convolution, where backward computes the activation again.
+
+    For the gradients ``x`` is kept, and of the activation nothing: it costs a pass over memory and saves as much memory
+    as ``x`` takes. Where nothing is to be kept (evaluation, no gradients), and while traced, compiled or transformed,
+    it is :func:`batch_norm_act` and the library's convolution.
+
+    Args:
+        conv_weight: (K, C / groups, kH, kW). conv_bias: (K,) or None.
+        stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`.
+        process_group: of ``torch.distributed``: in training the statistics are those of the batch of all its processes,
+            as in :class:`fusedres.SyncBatchNormAct2d`. None: of this process's batch.
+        The others: as in :func:`batch_norm_act`.
+
+    Returns:
+        (N, K, H', W').
+
+    Raises:
+        As :func:`batch_norm_act` and :func:`torch.nn.functional.conv2d`.
+    """
+    tensors = (x, running_mean, running_var, weight, bias, conv_weight, conv_bias, num_batches_tracked)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(
+            batch_norm_act_conv,
+            tensors,
+            *tensors[:-1],
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            act=act,
+            num_batches_tracked=num_batches_tracked,
+            process_group=process_group,
+        )
+    check_act(act)
+    check_batch_norm(
+        x,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        num_batches_tracked,
+        whole_batch=process_group is None,
+    )
+    check_tensor("conv_weight", conv_weight)
+    check_tensor("conv_bias", conv_bias, optional=True)
+    convolution = Convolution(pair("stride", stride), pair("padding", padding), pair("dilation", dilation), groups)
+    keeps = training and _wants_gradients(x, weight, bias, conv_weight, conv_bias)
+    visible = not is_compiling() and not is_traced() and can_move(running_mean, running_var, num_batches_tracked)
+    by = passes(x) if keeps and visible and x.dim() == 4 and conv_weight.dim() == 4 else None
+    if by is None and process_group is not None:
+        raise RuntimeError("process_group is for training with gradients, and not while traced or compiled")
+    if by is None:
+        y = batch_norm_act(
+            x,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            act=act,
+            num_batches_tracked=num_batches_tracked,
+        )
+        return convolution(y, conv_weight, conv_bias)
+    check_not_inference({"x": x, "weight": weight, "bias": bias, "conv_weight": conv_weight, "conv_bias": conv_bias})
+    memory_format = memory_format_of(x)
+    x = x.contiguous(memory_format=memory_format)
+    device = x.device.type
+    amp = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if amp else x.dtype
+    if not amp and conv_weight.dtype != x.dtype:
+        raise RuntimeError(f"conv_weight must have the dtype of x, {x.dtype}, but got {conv_weight.dtype}")
+    norm = Norm(running_mean, running_var, num_batches_tracked, momentum, eps, process_group)
+    config = (norm, act == "relu", convolution, dtype, memory_format, by)
+    return BatchNormActConvFunction.apply(x, weight, bias, conv_weight, conv_bias, config)
+
+
 def conv1x1_bn_act(
     y: Tensor,
     conv_weight: Tensor,
@@ -838,6 +930,7 @@ def conv1x1_bn_act(
     act: str | None = "relu",
     num_batches_tracked: Tensor | None = None,
     folding: str = "auto",
+    decision: FoldingDecision | None = None,
 ) -> Tensor:
     r"""A 1x1 convolution, batch normalisation, residual addition, activation, in training as one GEMM.
 
@@ -855,6 +948,9 @@ def conv1x1_bn_act(
         folding: ``"auto"`` folds where that is faster, as far as measured: a channels_last ``y`` on a CPU with few
             channels. ``"always"`` folds wherever it can, for the memory it saves; a ``y`` in another memory format is
             copied once. ``"never"``. The environment's ``FUSEDRES_FOLDING`` is what ``"auto"`` stands for.
+        decision: what is kept between the calls of one layer of whether a fold is exact enough, so that not every
+            call waits for the device to look, and calls that cannot look (compiled, captured) know; see
+            :class:`fusedres.ops.folding.FoldingDecision`. None looks at every call.
         The others: as in :func:`batch_norm_act`, over the K channels of the convolution's output.
 
     Returns:
@@ -884,23 +980,25 @@ def conv1x1_bn_act(
             act=act,
             num_batches_tracked=num_batches_tracked,
             folding=folding,
+            decision=decision,
         )
     check_act(act)
     folding = folding_asked(folding)
     check_conv1x1(y, conv_weight)
-    convolution = _Conv1x1(y, conv_weight, stride)
-    fits = convolution.fits and _can_move(running_mean, running_var, num_batches_tracked)
+    convolution = Conv1x1(y, conv_weight, stride)
+    fits = convolution.fits and can_move(running_mean, running_var, num_batches_tracked)
     fits = fits and (residual is None or convolution.matches(residual))
-    ops = _folding_ops(folding, (convolution,), training is True, fits)
+    ops = folding_ops_for(folding, (convolution,), training is True, fits, decision)
     if ops is not None:
         x = convolution.output()
         check_batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
         check_not_inference({"y": y, "conv_weight": conv_weight, "weight": weight, "bias": bias})
         rows, *moments = convolution.moments(ops)
-        if _is_safe(convolution, moments, eps):
+        known = checked_moments([(convolution, *moments, eps)], decision)
+        if known is not None:
             running = (running_mean, running_var, num_batches_tracked, momentum)
-            config = (*moments, running, eps, convolution.stride, act == "relu", ops)
-            return _conv1x1_bn_act(rows, conv_weight, weight, bias, residual, config)
+            config = (*moments, known[0], running, eps, convolution.stride, act == "relu", ops)
+            return conv1x1_bn_act_of_moments(rows, conv_weight, weight, bias, residual, config)
     return batch_norm_act(
         F.conv2d(y, conv_weight, None, stride),
         running_mean,
@@ -942,6 +1040,7 @@ def conv1x1_bn_add_conv1x1_bn_act(
     num_batches_tracked: Tensor | None = None,
     num_batches_tracked2: Tensor | None = None,
     folding: str = "auto",
+    decision: FoldingDecision | None = None,
 ) -> Tensor:
     r"""The tail of a bottleneck with a projection shortcut: ``act(bn(conv(y)) + bn2(conv2(y2)))``, 1x1 convolutions.
 
@@ -982,29 +1081,31 @@ def conv1x1_bn_add_conv1x1_bn_act(
             num_batches_tracked=num_batches_tracked,
             num_batches_tracked2=num_batches_tracked2,
             folding=folding,
+            decision=decision,
         )
     check_act(act)
     folding = folding_asked(folding)
     check_conv1x1(y, conv_weight)
     check_conv1x1(y2, conv_weight2, "2")
-    both = (_Conv1x1(y, conv_weight, stride), _Conv1x1(y2, conv_weight2, stride2, "stride2"))
+    both = (Conv1x1(y, conv_weight, stride), Conv1x1(y2, conv_weight2, stride2, "stride2"))
     fits = both[0].fits and both[1].fits and both[0].matches(both[1].output())
-    fits = fits and _can_move(*first[2:4], num_batches_tracked, *second[2:4], num_batches_tracked2)
+    fits = fits and can_move(*first[2:4], num_batches_tracked, *second[2:4], num_batches_tracked2)
     if is_compiling():  # Dynamo refuses a Function that is given one tensor twice
         parameters = zip((*first[1:], num_batches_tracked), (*second[1:], num_batches_tracked2), strict=True)
         fits = fits and not any(b is not None and b is a for a, b in parameters)
-    ops = _folding_ops(folding, both, training is True and training2 is True, fits)
+    ops = folding_ops_for(folding, both, training is True and training2 is True, fits, decision)
     if ops is not None:
         check_batch_norm(both[0].output(), *first[2:], training, momentum, eps, num_batches_tracked)
         check_batch_norm(both[1].output(), *second[2:], training2, momentum2, eps2, num_batches_tracked2, suffix="2")
         check_not_inference({"y": y, "conv_weight": conv_weight, "weight": weight, "bias": bias})
         check_not_inference({"y2": y2, "conv_weight2": conv_weight2, "weight2": weight2, "bias2": bias2})
         (rows, *moments), (rows2, *moments2) = (c.moments(ops) for c in both)
-        if _is_safe(both[0], moments, eps) and _is_safe(both[1], moments2, eps2):
+        known = checked_moments([(both[0], *moments, eps), (both[1], *moments2, eps2)], decision)
+        if known is not None:
             running = (running_mean, running_var, num_batches_tracked, momentum)
             running2 = (running_mean2, running_var2, num_batches_tracked2, momentum2)
-            of_second = (*moments2, running2, eps2, both[1].stride)
-            config = (*moments, running, eps, both[0].stride, *of_second, act == "relu", ops)
+            of_second = (*moments2, known[1], running2, eps2, both[1].stride)
+            config = (*moments, known[0], running, eps, both[0].stride, *of_second, act == "relu", ops)
             of_first, of_second = (rows, conv_weight, weight, bias), (rows2, conv_weight2, weight2, bias2)
             return _conv1x1_bn_add_conv1x1_bn_act(of_first, of_second, config)
     return batch_norm_add_batch_norm_act(
@@ -1024,115 +1125,6 @@ def conv1x1_bn_add_conv1x1_bn_act(
     )
 
 
-def _can_move(*statistics: Tensor | None) -> bool:
-    """Whether every one can be written by ATen, so that writing one does not fail after another was written."""
-    for t in statistics:
-        if t is not None and (not isinstance(t, Tensor) or 0 in t.stride()):
-            return False
-        if t is not None and not is_compiling() and t.is_inference() and not torch.is_inference_mode_enabled():
-            return False
-    return True
-
-
-class _Conv1x1:
-    """The operands of a 1x1 convolution, and how it would be folded.
-
-    ``dtype`` is what autocast makes of y; a float32 weight stays as it is, to be rounded after it was folded.
-    """
-
-    __slots__ = ("conv_weight", "dtype", "fits", "stride", "y")
-
-    def __init__(self, y: Tensor, conv_weight: Tensor, stride: int | tuple[int, int], name: str = "stride") -> None:
-        rows, columns = pair(name, stride)
-        device = y.device.type
-        amp = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and y.dtype != torch.float64
-        self.y, self.conv_weight, self.stride = y, conv_weight, rows
-        self.dtype = torch.get_autocast_dtype(device) if amp else y.dtype
-        self.fits = (
-            rows == columns
-            and rows > 0
-            and conv_weight.numel() > 0
-            and (conv_weight.dtype == self.dtype or (amp and conv_weight.dtype == torch.float32))
-        )
-
-    @property
-    def pixels(self) -> int:
-        return pixels(self.y, self.stride)
-
-    def output(self) -> Tensor:
-        """One value in the shape of what the convolution would write: for checks."""
-        n, _, h, w = self.y.shape
-        shape = (n, self.conv_weight.size(0), strided_size(h, self.stride), strided_size(w, self.stride))
-        return torch.empty((), dtype=self.dtype, device=self.y.device).expand(shape)
-
-    def matches(self, other: Tensor) -> bool:
-        """Whether ``other`` can be added to the output as it is."""
-        x = self.output()
-        return (
-            isinstance(other, Tensor)
-            and other.shape == x.shape
-            and other.dtype == x.dtype
-            and other.device == x.device
-            and other.layout == torch.strided
-        )
-
-    def moments(self, ops: FoldingOps) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
-        """y as the kernels take it; its mean, covariance and count, and the moments of the output."""
-        y = self.y.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            mean, cov = ops.moments(y, None, self.stride)
-            return y, mean, cov, self.pixels, output_moments(self.conv_weight, mean, cov, self.pixels)
-
-
-def _sums(device: str) -> str:
-    """How what serves a device adds products of float32 numbers up, see ``SUMS``."""
-    if registry.backend() == "reference":
-        return "float64"
-    return "shifted" if device == "cpu" and registry.backend() != "triton" else "plain"
-
-
-def _is_blind(y: Tensor) -> bool:
-    """Whether the call cannot look at values: it becomes part of a graph, or there are none."""
-    if is_compiling() or isinstance(y, FakeTensor) or is_traceable_wrapper_subclass(y):
-        return True
-    return y.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _folding_ops(folding: str, convolutions: tuple[_Conv1x1, ...], training: bool, fits: bool) -> FoldingOps | None:
-    """Who serves a folded call; None if it is not folded."""
-    y, dtype = convolutions[0].y, convolutions[0].dtype
-    ops = folding_ops(y)
-    blind = any(_is_blind(t) for c in convolutions for t in (c.y, c.conv_weight))
-    traced = _is_traced() or (blind and not safe_unseen(dtype, _sums(y.device.type)))
-    if not blind and torch.is_grad_enabled() and any(c.y.is_inference() for c in convolutions):
-        fits = False  # autograd would have to save it
-    folds, _ = folding_choice(
-        folding,
-        dtype,
-        y.device.type,
-        [c.y.size(1) for c in convolutions],
-        convolutions[0].conv_weight.size(0),
-        min(c.pixels for c in convolutions) if fits else 0,
-        image=convolutions[0].pixels // max(1, y.size(0)) if fits else 0,
-        capability=registry.CPU_CAPABILITY,
-        training=training,
-        traced=traced,
-        served=ops is not None,
-        channels_last=traced or all(is_channels_last(c.y) for c in convolutions),  # vmap cannot say
-        fits=fits,
-    )
-    return ops if folds else None
-
-
-def _is_safe(convolution: _Conv1x1, moments: list[Any], eps: float) -> bool:
-    """Whether the statistics of the output are exact enough; looks at values where it can."""
-    if _is_blind(convolution.y):
-        return True
-    found = conditioning(convolution.conv_weight, *moments, eps)
-    sums = _sums(convolution.y.device.type)
-    return numerically_safe(found, convolution.dtype, convolution.conv_weight.dtype, sums)[0]
-
-
 def _wants_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -1142,7 +1134,7 @@ def _unwrapped(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t if t is None else _unwrap_if_dead(t) for t in tensors)
 
 
-def _conv1x1_bn_act(
+def conv1x1_bn_act_of_moments(
     y: Tensor,
     conv_weight: Tensor,
     weight: Tensor | None,
@@ -1150,7 +1142,12 @@ def _conv1x1_bn_act(
     residual: Tensor | None,
     config: tuple[Any, ...],
 ) -> Tensor:
-    """The folded op, or its Function where a gradient will be wanted; ``config`` as the Function has it."""
+    """:func:`conv1x1_bn_act` after its decision to fold.
+
+    Args:
+        y: channels_last, in the dtype of the convolution; residual likewise, in any layout.
+        config: as ``Conv1x1BNActFunction`` has it.
+    """
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     if not _wants_gradients(y, conv_weight, weight, bias, residual):

@@ -12,7 +12,20 @@ from collections.abc import Callable
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .norm import conv_norm_act, conv_norm_add_conv_norm_act, has_hooks, may_fold, norm_act
+from .norm import (
+    bottleneck,
+    conv_norm_act,
+    conv_norm_add_conv_norm_act,
+    folding_decision,
+    folds,
+    has_hooks,
+    may_fold,
+    norm_act,
+    norm_act_conv,
+    norm_add_norm_act,
+    norm_add_shortcut_act,
+    recomputes,
+)
 
 __all__ = ["BasicBlock", "Bottleneck", "PreActBasicBlock", "PreActBottleneck"]
 
@@ -27,35 +40,16 @@ def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, out_planes, 1, stride, bias=False)
 
 
-def _is_projection(downsample: nn.Module, x: Tensor) -> bool:
-    """Whether ``downsample`` is a plain ``Sequential(conv, norm)`` whose parts may be called in its place."""
-    return (
+def _projection(downsample: nn.Module | None, x: Tensor) -> tuple[nn.Module, nn.Module] | None:
+    """The convolution and the norm of a plain ``Sequential`` of them, whose parts may be called in its place."""
+    plain = (
         type(downsample) is nn.Sequential
         and len(downsample) == 2
         and not has_hooks(downsample)
         and not _has_any_global_hook()
         and not isinstance(x, fx.Proxy)
     )
-
-
-def _conv_norm_add_shortcut_act(
-    conv: nn.Module,
-    norm: nn.Module,
-    y: Tensor,
-    downsample: nn.Module | None,
-    x: Tensor,
-    act: nn.Module,
-    folding: str,
-) -> Tensor:
-    """``act(norm(conv(y)) + downsample(x))``, the end of a block: one op also if the shortcut ends in a norm."""
-    if downsample is None:
-        return conv_norm_act(conv, norm, y, x, act, folding)
-    if _is_projection(downsample, x):
-        return conv_norm_add_conv_norm_act(conv, norm, y, *downsample, x, act, folding)
-    if may_fold(conv, norm, y, act, folding):
-        return conv_norm_act(conv, norm, y, downsample(x), act, folding)
-    y = conv(y)  # before the shortcut, as torchvision's: hooks and graphs see the order
-    return norm_act(norm, y, downsample(x), act)
+    return tuple(downsample) if plain else None
 
 
 def _check_basic(block: type[nn.Module], groups: int, base_width: int, dilation: int) -> None:
@@ -82,6 +76,8 @@ class BasicBlock(nn.Module):
     Attributes:
         folding: ``"auto"``, ``"always"`` or ``"never"``: whether a 1x1 convolution and its norm are, in training, one
             GEMM whose intermediate result is never written (``functional.conv1x1_bn_act``). Set it on an instance.
+        recompute: True keeps of an inner activation only what its norm reads, and computes it again in backward; so
+            does ``folding="always"``. It costs a pass over memory.
 
     Shape:
         ``(N, inplanes, H, W)`` to ``(N, planes, ceil(H / stride), ceil(W / stride))``.
@@ -93,6 +89,7 @@ class BasicBlock(nn.Module):
 
     expansion: int = 1
     folding: str = "auto"
+    recompute: bool = False
 
     def __init__(
         self,
@@ -118,8 +115,12 @@ class BasicBlock(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        y = norm_act(self.bn1, self.conv1(x), act=self.relu)
-        return _conv_norm_add_shortcut_act(self.conv2, self.bn2, y, self.downsample, x, self.relu, self.folding)
+        y = norm_act_conv(self.bn1, self.conv1(x), self.relu, self.conv2, recomputes(self))
+        projection = _projection(self.downsample, x)
+        if projection is not None:
+            decision = folding_decision(self)
+            return norm_add_shortcut_act(self.bn2, y, *projection, x, self.relu, self.folding, decision)
+        return norm_act(self.bn2, y, x if self.downsample is None else self.downsample(x), self.relu)
 
 
 class Bottleneck(nn.Module):
@@ -138,8 +139,11 @@ class Bottleneck(nn.Module):
         norm_layer: makes a norm from a number of channels; ``nn.BatchNorm2d`` by default.
 
     Attributes:
-        folding: ``"auto"``, ``"always"`` or ``"never"``: whether a 1x1 convolution and its norm are, in training, one
-            GEMM whose intermediate result is never written (``functional.conv1x1_bn_act``). Set it on an instance.
+        folding: ``"auto"``, ``"always"`` or ``"never"``: whether the last convolution, its norm, the shortcut's and the
+            addition are, in training, one GEMM whose intermediate results are never written
+            (``fusedres/ops/folded_bottleneck.py``). Set it on an instance.
+        recompute: True keeps of an inner activation only what its norm reads, and computes it again in backward; so
+            does ``folding="always"``. It costs a pass over memory.
 
     Shape:
         ``(N, inplanes, H, W)`` to ``(N, 4 * planes, ceil(H / stride), ceil(W / stride))``.
@@ -147,6 +151,7 @@ class Bottleneck(nn.Module):
 
     expansion: int = 4
     folding: str = "auto"
+    recompute: bool = False
 
     def __init__(
         self,
@@ -174,9 +179,30 @@ class Bottleneck(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        y = norm_act(self.bn1, self.conv1(x), act=self.relu)
-        y = norm_act(self.bn2, self.conv2(y), act=self.relu)
-        return _conv_norm_add_shortcut_act(self.conv3, self.bn3, y, self.downsample, x, self.relu, self.folding)
+        projection = _projection(self.downsample, x)
+        decision, recompute, folding = folding_decision(self), recomputes(self), self.folding
+        inner = (self.conv1, self.bn1), (self.conv2, self.bn2)
+        if self.downsample is None or projection is not None:
+            pairs = (*inner, (self.conv3, self.bn3), *(() if projection is None else (projection,)))
+            out = bottleneck(pairs, x, self.relu, folding, recompute, decision)
+            if out is not None:
+                return out
+        last = (self.conv3, self.bn3)
+        y = norm_act_conv(self.bn1, self.conv1(x), self.relu, self.conv2, recompute)
+        branches = (*last, y) if projection is None else (*last, y, *projection, x)
+        if recompute and not folds(*branches, act=self.relu, folding=folding, decision=decision):
+            y = norm_act_conv(self.bn2, y, self.relu, self.conv3, recompute)
+            if projection is not None:
+                return norm_add_norm_act(self.bn3, y, projection[1], projection[0](x), self.relu)
+            return norm_act(self.bn3, y, x if self.downsample is None else self.downsample(x), self.relu)
+        y = norm_act(self.bn2, y, act=self.relu)
+        if projection is not None:
+            return conv_norm_add_conv_norm_act(*last, y, *projection, x, self.relu, folding, decision)
+        if self.downsample is None or may_fold(*last, y, self.relu, folding):
+            shortcut = x if self.downsample is None else self.downsample(x)
+            return conv_norm_act(*last, y, shortcut, self.relu, folding, decision)
+        y = self.conv3(y)  # before the shortcut, as torchvision's: hooks and graphs see the order
+        return norm_act(self.bn3, y, self.downsample(x), self.relu)
 
 
 class PreActBasicBlock(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.checks import check_act
-from .norm import conv_norm_act
+from .norm import conv_norm_act, folding_decision
 
 __all__ = ["ConvBNAct2d"]
 
@@ -80,4 +80,5 @@ class ConvBNAct2d(nn.Module):
         self.act = nn.ReLU(inplace=True) if act == "relu" else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return conv_norm_act(self.conv, self.bn, x, residual, self.act, self.folding)
+        decision = folding_decision(self)
+        return conv_norm_act(self.conv, self.bn, x, residual, self.act, self.folding, decision)

@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules import module as _module
 
 from .. import functional as fused
+from ..ops.batch_norm_act_conv import Convolution
 from ..ops.checks import check_act
+from ..ops.folded_bottleneck import Part, folded_bottleneck
+from ..ops.folded_call import Conv1x1, folding_ops_for
+from ..ops.folding import FoldingDecision, folding_asked
 
 
 def _tensors(norm: nn.BatchNorm2d, traced: bool) -> tuple[Tensor | None, ...]:
@@ -176,6 +181,38 @@ def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, act: nn
     return y if act is None else act(y)
 
 
+def _convolution(conv: nn.Module) -> Convolution | None:
+    """What a plain convolution with zero padding by numbers is; None of any other module."""
+    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or has_hooks(conv):
+        return None
+    padding = (0, 0) if conv.padding == "valid" else conv.padding
+    return None if isinstance(padding, str) else Convolution(conv.stride, padding, conv.dilation, conv.groups)
+
+
+def norm_act_conv(
+    norm: nn.Module, x: Tensor, act: nn.Module | None, conv: nn.Module, recompute: bool = False
+) -> Tensor:
+    """``conv(act(norm(x)))``; with ``recompute`` the activation is not kept for backward where the modules allow it."""
+    if recompute and norm.training and _may_fuse(x) and (act is None or is_plain_relu(act)):
+        convolution = _convolution(conv)
+        synchronised = type(norm) in _synchronised and (norm.act is None or act is not None) and not has_hooks(norm)
+        if convolution is not None and (synchronised or is_fusable(norm, act is not None)):
+            _check_four_dimensional(x)
+            positional, keywords = _statistics(norm)
+            meets_others = synchronised and norm.is_synchronised()
+            return fused.batch_norm_act_conv(
+                x,
+                *positional,
+                conv.weight,
+                conv.bias,
+                **convolution._asdict(),
+                **keywords,
+                act=None if act is None else "relu",
+                process_group=(norm.process_group or dist.group.WORLD) if meets_others else None,
+            )
+    return conv(norm_act(norm, x, None, act))
+
+
 def norm_add_norm_act(norm: nn.Module, x: Tensor, norm2: nn.Module, x2: Tensor, act: nn.Module | None = None) -> Tensor:
     """``act(norm(x) + norm2(x2))``: one fused op where the modules allow it, else the modules' own forwards."""
     if is_fusable(norm) and is_fusable(norm2) and (act is None or is_plain_relu(act)) and _may_fuse(x):
@@ -194,8 +231,18 @@ def norm_add_norm_act(norm: nn.Module, x: Tensor, norm2: nn.Module, x2: Tensor, 
     return norm_act(norm, x, norm2(x2), act)
 
 
-def _is_foldable(conv: nn.Module, norm: nn.Module, y: Tensor) -> bool:
-    """Whether ``norm(conv(y))`` may be one op at this call: a plain 1x1 convolution, a batch's own statistics."""
+def _meets_others(norm: nn.Module, relu_follows: bool = False) -> bool:
+    """Whether ``norm`` would exchange statistics with other processes at this call, and a fused op can stand in."""
+    return (
+        type(norm) in _synchronised
+        and (norm.act is None or relu_follows)
+        and not has_hooks(norm)
+        and norm.is_synchronised()
+    )
+
+
+def _is_foldable(conv: nn.Module, norm: nn.Module, y: Tensor, synchronised: bool = True) -> bool:
+    """Whether ``norm(conv(y))`` may be one op at this call: a plain 1x1 convolution, the statistics of a batch."""
     return (
         type(conv) is nn.Conv2d
         and y.dim() == 4
@@ -205,7 +252,7 @@ def _is_foldable(conv: nn.Module, norm: nn.Module, y: Tensor) -> bool:
         and conv.padding in ((0, 0), "valid", "same")
         and norm.training
         and not has_hooks(conv)
-        and is_fusable(norm)
+        and (is_fusable(norm) or (synchronised and _meets_others(norm)))
     )
 
 
@@ -216,6 +263,43 @@ def may_fold(conv: nn.Module, norm: nn.Module, y: Tensor, act: nn.Module | None,
     return _is_foldable(conv, norm, y) and (act is None or is_plain_relu(act))
 
 
+def recomputes(owner: nn.Module) -> bool:
+    """Whether a module with ``recompute`` and ``folding`` keeps as little as it can."""
+    return owner.recompute or folding_asked(owner.folding) == "always"
+
+
+def folds(
+    conv: nn.Module,
+    norm: nn.Module,
+    y: Tensor,
+    conv2: nn.Module | None = None,
+    norm2: nn.Module | None = None,
+    y2: Tensor | None = None,
+    *,
+    act: nn.Module | None,
+    folding: str,
+    decision: FoldingDecision,
+) -> bool:
+    """Whether :func:`conv_norm_act`, or the function of a pair, would fold a call with tensors like ``y``."""
+    if not may_fold(conv, norm, y, act, folding) or (conv2 is not None and not _is_foldable(conv2, norm2, y2, False)):
+        return False
+    convolutions = [Conv1x1(y, conv.weight, conv.stride)]
+    if conv2 is not None:
+        convolutions.append(Conv1x1(y2, conv2.weight, conv2.stride))
+    fits = all(c.fits for c in convolutions)
+    return folding_ops_for(folding_asked(folding), tuple(convolutions), True, fits, decision) is not None
+
+
+def folding_decision(owner: nn.Module) -> FoldingDecision:
+    """What a module keeps between its calls of whether its folds are exact enough."""
+    decision = getattr(owner, "_folding_decision", None)
+    if decision is None:
+        decision = FoldingDecision()
+        if not torch.compiler.is_compiling():
+            owner._folding_decision = decision
+    return decision
+
+
 def conv_norm_act(
     conv: nn.Module,
     norm: nn.Module,
@@ -223,6 +307,7 @@ def conv_norm_act(
     residual: Tensor | None = None,
     act: nn.Module | None = None,
     folding: str = "auto",
+    decision: FoldingDecision | None = None,
 ) -> Tensor:
     """``act(norm(conv(y)) + residual)``: in training one GEMM where a 1x1 convolution folds, else :func:`norm_act`.
 
@@ -231,7 +316,8 @@ def conv_norm_act(
     """
     if may_fold(conv, norm, y, act, folding):
         positional, keywords = _statistics(norm)
-        return fused.conv1x1_bn_act(
+        function = norm._conv1x1_bn_act if type(norm) in _synchronised else fused.conv1x1_bn_act
+        return function(
             y,
             conv.weight,
             *positional,
@@ -240,6 +326,7 @@ def conv_norm_act(
             stride=conv.stride,
             act=None if act is None else "relu",
             folding=folding,
+            decision=decision,
         )
     return norm_act(norm, conv(y), residual, act)
 
@@ -253,10 +340,11 @@ def conv_norm_add_conv_norm_act(
     y2: Tensor,
     act: nn.Module | None = None,
     folding: str = "auto",
+    decision: FoldingDecision | None = None,
 ) -> Tensor:
     """``act(norm(conv(y)) + norm2(conv2(y2)))`` folded where both are, and under "always" where one is."""
     if folding != "never" and (act is None or is_plain_relu(act)) and _may_fuse(y):
-        foldable, foldable2 = _is_foldable(conv, norm, y), _is_foldable(conv2, norm2, y2)
+        foldable, foldable2 = (_is_foldable(*branch, False) for branch in ((conv, norm, y), (conv2, norm2, y2)))
         if foldable and foldable2:
             positional, first = _statistics(norm)
             positional2, second = _statistics(norm2)
@@ -273,12 +361,66 @@ def conv_norm_add_conv_norm_act(
                 stride2=conv2.stride,
                 act=None if act is None else "relu",
                 folding=folding,
+                decision=decision,
             )
-        if folding == "always" and foldable2:
-            return norm_act(norm, conv(y), conv_norm_act(conv2, norm2, y2, folding=folding), act)
-        if folding == "always" and foldable:
-            return conv_norm_act(conv, norm, y, norm_act(norm2, conv2(y2)), act, folding)
+    if folding_asked(folding) == "always" and may_fold(conv, norm, y, act, folding):
+        shortcut = conv_norm_act(conv2, norm2, y2, folding=folding)
+        return conv_norm_act(conv, norm, y, shortcut, act, folding, decision)
     return norm_add_norm_act(norm, conv(y), norm2, conv2(y2), act)
+
+
+def norm_add_shortcut_act(
+    norm: nn.Module,
+    x: Tensor,
+    conv2: nn.Module,
+    norm2: nn.Module,
+    x2: Tensor,
+    act: nn.Module | None = None,
+    folding: str = "auto",
+    decision: FoldingDecision | None = None,
+) -> Tensor:
+    """``act(norm(x) + norm2(conv2(x2)))``, the shortcut's convolution folded under "always"."""
+    if folding_asked(folding) == "always" and may_fold(conv2, norm2, x2, act, folding):
+        return norm_act(norm, x, conv_norm_act(conv2, norm2, x2, folding=folding, decision=decision), act)
+    return norm_add_norm_act(norm, x, norm2, conv2(x2), act)
+
+
+def _part(conv: nn.Module, norm: nn.Module) -> Part:
+    (running_mean, running_var, weight, bias), keywords = _statistics(norm)
+    of_norm = (running_mean, running_var, weight, bias, keywords["num_batches_tracked"])
+    return Part(conv.weight, *of_norm, keywords["momentum"], norm.eps)
+
+
+def bottleneck(
+    pairs: tuple[tuple[nn.Module, nn.Module], ...],
+    x: Tensor,
+    act: nn.Module,
+    folding: str,
+    recompute: bool,
+    decision: FoldingDecision,
+) -> Tensor | None:
+    """A Bottleneck as one op; None where its modules, or the call, do not allow it.
+
+    Args:
+        pairs: conv1, conv2, conv3 and, of a projection, the shortcut's convolution, each with its norm.
+    """
+    if folding == "never" or not _may_fuse(x) or not is_plain_relu(act):
+        return None
+    for (conv, norm), relu_follows in zip(pairs, (True, True, False, False), strict=False):
+        if not norm.training or not is_fusable(norm, relu_follows) or conv.bias is not None:
+            return None
+    convolutions = [_convolution(conv) for conv, _ in pairs]
+    if None in convolutions:
+        return None
+    first, second, third, *shortcut = convolutions
+    plain = Convolution((1, 1), (0, 0), (1, 1), 1)
+    stride, columns = shortcut[0].stride if shortcut else (1, 1)
+    if first != plain or third != plain or stride != columns:
+        return None
+    if shortcut and shortcut[0]._replace(stride=(1, 1)) != plain:
+        return None
+    parts = [_part(conv, norm) for conv, norm in pairs]
+    return folded_bottleneck(x, parts, second, stride, folding, recompute, decision)
 
 
 def norm_act_max_pool(norm: nn.Module, x: Tensor, pool: nn.Module, act: nn.Module | None = None) -> Tensor:

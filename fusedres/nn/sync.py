@@ -8,12 +8,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import functional as fused
-from ..ops.batch_norm_sync import SyncBatchNormActFunction, implementations, memory_format_of, sync_batch_norm_act
-from ..ops.checks import check_act, check_addend, check_batch_norm, check_not_inference
+from ..ops.batch_norm_sync import (
+    SyncBatchNormActFunction,
+    gathered,
+    implementations,
+    memory_format_of,
+    merged,
+    sync_batch_norm_act,
+)
+from ..ops.checks import check_act, check_addend, check_batch_norm, check_conv1x1, check_not_inference
+from ..ops.folded_call import Conv1x1, can_move, checked_moments, folding_ops_for
+from ..ops.folding import FoldingDecision, folding_asked
+from ..ops.tracing import is_traced
 from .norm import BatchNormAct2d, register_synchronised
 
 __all__ = ["SyncBatchNormAct2d"]
@@ -47,7 +58,7 @@ def _across_processes(
     if has_torch_function(tensors):
         return handle_torch_function(_across_processes, tensors, x, *tensors[1:-1], **keywords)
     # Not torch.compiler.is_exporting(), which Dynamo of torch 2.10 takes to be true.
-    if torch.compiler._is_exporting_flag if torch.compiler.is_compiling() else fused._is_traced():
+    if torch.compiler._is_exporting_flag if torch.compiler.is_compiling() else is_traced():
         raise RuntimeError(
             "SyncBatchNormAct2d in training cannot be traced, exported or transformed by torch.func: "
             "it exchanges its statistics with other processes; call eval() first"
@@ -87,6 +98,73 @@ def _across_processes(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
         return SyncBatchNormActFunction.apply(*arguments, process_group, ops)
     return sync_batch_norm_act(*arguments, False, process_group, ops)[0]
+
+
+def _conv1x1_across_processes(
+    y: Tensor,
+    conv_weight: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *,
+    stride: int | tuple[int, int],
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    act: str | None,
+    num_batches_tracked: Tensor | None,
+    folding: str,
+    decision: FoldingDecision | None,
+    process_group: Any,
+) -> Tensor:
+    """``functional.conv1x1_bn_act`` in training, by the statistics of all processes: folded where all of them can.
+
+    Whether a process can depends on its part of the batch, so that each tells the others, beside its statistics.
+    """
+    norm = {
+        "training": training,
+        "momentum": momentum,
+        "eps": eps,
+        "act": act,
+        "num_batches_tracked": num_batches_tracked,
+        "process_group": process_group,
+    }
+    statistics = (running_mean, running_var, weight, bias)
+    asked = folding_asked(folding)
+    check_conv1x1(y, conv_weight)
+    convolution = Conv1x1(y, conv_weight, stride)
+    visible = not torch.compiler.is_compiling() and not is_traced() and not has_torch_function((y, conv_weight))
+    if not visible or not convolution.may_gain(asked, decision):
+        return _across_processes(F.conv2d(y, conv_weight, None, stride), *statistics, residual, **norm)
+
+    check_act(act)
+    check_batch_norm(convolution.output(), *statistics, training, momentum, eps, num_batches_tracked, whole_batch=False)
+    check_not_inference({"y": y, "conv_weight": conv_weight, "weight": weight, "bias": bias})
+    fits = convolution.fits and can_move(running_mean, running_var, num_batches_tracked)
+    fits = fits and (residual is None or convolution.matches(residual))
+    ops = folding_ops_for(asked, (convolution,), training, fits)
+    channels = conv_weight.size(0)
+    own = torch.zeros(2 * channels + 2, dtype=torch.float64, device=y.device)
+    if ops is not None:
+        rows, mean, cov, count = convolution.moments(ops)
+        known = checked_moments([(convolution, mean, cov, count, eps)])
+        if known is not None:
+            mu, var = known[0]
+            own = torch.cat([mu, var * count, own.new_tensor([count, 1.0])])
+    parts = gathered(own, process_group)
+    folds = bool((parts[:, -1] == 1).all())
+    if decision is not None:
+        decision.found(folds, "as the processes of the group decided together")
+    if not folds:
+        return _across_processes(F.conv2d(y, conv_weight, None, stride), *statistics, residual, **norm)
+    total_mean, m2, total = merged(parts[:, :-1])
+    running = (running_mean, running_var, num_batches_tracked, momentum)
+    moments = torch.stack([total_mean, m2 / total])
+    config = (mean, cov, int(total), moments, running, eps, convolution.stride, act == "relu")
+    by = ops.across(process_group, count)
+    return fused.conv1x1_bn_act_of_moments(rows, conv_weight, weight, bias, residual, (*config, by))
 
 
 class SyncBatchNormAct2d(BatchNormAct2d):
@@ -148,6 +226,11 @@ class SyncBatchNormAct2d(BatchNormAct2d):
         if not self.is_synchronised():
             return fused.batch_norm_act(*args, **keywords)
         return _across_processes(*args, **keywords, process_group=self.process_group)
+
+    def _conv1x1_bn_act(self, *args: Any, **keywords: Any) -> Tensor:
+        if not self.is_synchronised():
+            return fused.conv1x1_bn_act(*args, **keywords)
+        return _conv1x1_across_processes(*args, **keywords, process_group=self.process_group)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "process_group": None}

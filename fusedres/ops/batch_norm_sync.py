@@ -60,7 +60,7 @@ def _batch_norm_statistics_reference(x: Tensor) -> Tensor:
     return torch.cat([mean, (x64 - _per_channel(mean)).square().sum(_DIMS), count])
 
 
-def _merged(partials: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def merged(partials: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """mean, M2 and count of the whole batch from those of its parts, (parts, 2C + 1)."""
     channels = partials.size(1) // 2
     means, m2s, counts = partials.split([channels, channels, 1], 1)
@@ -71,6 +71,34 @@ def _merged(partials: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = torch.where(mean.isfinite(), mean, (means * share).sum(0))
     m2 = m2s + counts * (means - mean).square()
     return mean.view(channels), torch.where(counts > 0, m2, 0.0).sum(0), count
+
+
+def move_running(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    partials: Tensor,
+) -> None:
+    """Move the running statistics, unless there is too little to estimate a variance."""
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if running_mean is None or running_var is None:
+        return
+    mean, m2, count = merged(partials)
+    factor = momentum if momentum is not None else num_batches_tracked.double().reciprocal()
+    unbiased = m2 / (count - 1).clamp(min=1)
+    for running, new in ((running_mean, mean), (running_var, unbiased)):
+        old = running.double()
+        running.copy_(torch.where(count > 1, old * (1 - factor) + new * factor, old))
+
+
+def merged_statistics(partials: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """The (3, C) statistics of a normalisation in ``dtype``: mean, rstd and the part of the mean below its digits."""
+    mean, m2, count = merged(partials)
+    high = mean.to(dtype)
+    low = torch.where(mean.isfinite(), mean - high.double(), 0.0)
+    return torch.stack([high, (m2 / count.clamp(min=1) + eps).rsqrt().to(dtype), low.to(dtype)])
 
 
 def _batch_norm_act_apply_reference(
@@ -87,19 +115,8 @@ def _batch_norm_act_apply_reference(
     relu: bool,
     save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mean, m2, count = _merged(partials)
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    if running_mean is not None and running_var is not None:
-        factor = momentum if momentum is not None else num_batches_tracked.double().reciprocal()
-        unbiased = m2 / (count - 1).clamp(min=1)
-        for running, new in ((running_mean, mean), (running_var, unbiased)):
-            old = running.double()
-            running.copy_(torch.where(count > 1, old * (1 - factor) + new * factor, old))
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    high = mean.to(dtype)
-    low = torch.where(mean.isfinite(), mean - high.double(), 0.0)
-    stats = torch.stack([high, (m2 / count.clamp(min=1) + eps).rsqrt().to(dtype), low.to(dtype)])
+    move_running(running_mean, running_var, num_batches_tracked, momentum, partials)
+    stats = merged_statistics(partials, eps, torch.float64 if x.dtype == torch.float64 else torch.float32)
     y = _reference_normalise(x, weight, bias, stats)
     if residual is not None:
         y = y + residual.double()
@@ -251,7 +268,7 @@ _OPS = (
 _all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
-def _gathered(partial: Tensor, group: Any) -> Tensor:
+def gathered(partial: Tensor, group: Any) -> Tensor:
     """The partial statistics of all ranks, (ranks, 2C + 1)."""
     ranks, size = dist.get_world_size(group), partial.size(0)
     out = partial.new_empty(ranks * size)
@@ -259,7 +276,7 @@ def _gathered(partial: Tensor, group: Any) -> Tensor:
     return out.view(ranks, size)
 
 
-def _check_count(partials: Tensor) -> None:
+def check_count(partials: Tensor) -> None:
     """Every rank sees the same numbers and raises the same error, before anything is written."""
     if not partials.is_cpu or torch.compiler.is_compiling():  # it would have to be waited for, or break the graph
         return
@@ -300,8 +317,8 @@ def sync_batch_norm_act(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The forward: out, statistics and mask."""
     statistics, apply = ops[:2]
-    partials = _gathered(statistics(x), group)
-    _check_count(partials)
+    partials = gathered(statistics(x), group)
+    check_count(partials)
     norm = (weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
     return apply(x, residual, partials, *norm, relu, save_mask)
 
@@ -321,7 +338,20 @@ class _SumOverRanks(Function):
         return _SumOverRanks.apply(dt, ctx.group), None
 
 
-def _differentiable_backward(
+def differentiable_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any) -> Tensor:
+    """``bn(x)`` in training from ops that autograd can differentiate twice; two collectives where there is a group."""
+    if group is None:
+        return torch.batch_norm(x, weight, bias, None, None, True, 0.0, eps, False)
+    x64 = x.double()
+    total = _SumOverRanks.apply(torch.cat([x64.sum(_DIMS), x64.new_full((1,), _pixels(x))]), group)
+    centred = x64 - _per_channel(total[:-1] / total[-1])
+    y = centred * _per_channel((_SumOverRanks.apply(centred.square().sum(_DIMS), group) / total[-1] + eps).rsqrt())
+    if weight is not None:
+        y = y * _per_channel(weight.double())
+    return (y if bias is None else y + _per_channel(bias.double())).to(x.dtype)
+
+
+def differentiable_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -396,7 +426,7 @@ class SyncBatchNormActFunction(Function):
         need_dx, need_dresidual, need_dweight, need_dbias = ctx.needs_input_grad[:4]
         need_affine = need_dweight or need_dbias
         if torch.is_grad_enabled():
-            dx, g, dweight, dbias = _differentiable_backward(dy, x, weight, bias, stats, mask, relu, eps, group)
+            dx, g, dweight, dbias = differentiable_backward(dy, x, weight, bias, stats, mask, relu, eps, group)
             grads = (dx, g, dweight, dbias)
             return *(t if need else None for t, need in zip(grads, ctx.needs_input_grad[:4], strict=True)), *(None,) * 8
         saved = (dy.contiguous(memory_format=memory_format), x, weight, bias, stats, mask)

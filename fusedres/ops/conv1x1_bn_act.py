@@ -34,15 +34,18 @@ pixels; where that is not exact enough, ``fusedres/ops/folding.py`` refuses.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
 from .batch_norm_act import update_running
+from .batch_norm_sync import differentiable_backward
 from .folding import Conditioning
 from .layout import mask_bytes, pack_mask, unpack_mask
 from .registry import define, serve
@@ -610,7 +613,10 @@ CONV1X1_BN_UPDATE_RUNNING = define(
 
 
 class FoldingOps(NamedTuple):
-    """Who serves the four passes over pixels, the two over small matrices, and the running statistics."""
+    """Who serves the four passes over pixels, the two over small matrices, and the running statistics.
+
+    ``group`` are the processes whose batch it is, or None.
+    """
 
     moments: Callable[..., Any]
     apply: Callable[..., Any]
@@ -619,6 +625,21 @@ class FoldingOps(NamedTuple):
     fold: Callable[..., Any]
     unfold: Callable[..., Any]
     update_running: Callable[..., Any]
+    group: Any = None
+
+    def across(self, group: Any, own_count: int) -> FoldingOps:
+        """For one part, of ``own_count`` pixels, of the batch of a group: it meets the others in ``unfold``."""
+
+        def reduced(sums: Tensor) -> Tensor:
+            dist.all_reduce(sums, group=group)
+            return sums
+
+        return self._replace(
+            fold=_conv1x1_bn_fold_reference,
+            unfold=functools.partial(unfold, own_count=own_count, reduced=reduced),
+            update_running=_conv1x1_bn_update_running_reference,
+            group=group,
+        )
 
 
 def folding_ops(y: Tensor) -> FoldingOps | None:
@@ -704,21 +725,28 @@ def _kept(mask: Tensor, dy: Tensor) -> Tensor:
     return unpack_mask(mask, dy.detach().contiguous(memory_format=torch.channels_last))
 
 
-def _differentiable_gradients(g: Tensor, branch: _Branch) -> tuple[Tensor, Tensor, Tensor]:
+def _differentiable_convolution(dx: Tensor, y: Tensor, w: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """dy and dw."""
+    return torch.ops.aten.convolution_backward(
+        dx, y, w, None, [stride, stride], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False]
+    )[:2]
+
+
+def _differentiable_gradients(g: Tensor, branch: _Branch, group: Any) -> tuple[Tensor, Tensor, Tensor]:
     """dy, dconv_weight, dweight from ATen ops that autograd can differentiate again; used under ``create_graph``."""
     y, conv_weight, weight, *_, stride, eps, _ = branch
     w = conv_weight.to(y.dtype)
     x = F.conv2d(y, w, None, stride)
-    mu, rstd = branch.stats.to(y.dtype if weight is not None and weight.dtype == y.dtype else wide_dtype(y.dtype))
+    if group is not None:
+        dx, _, dweight, _ = differentiable_backward(g, x, weight, None, branch.stats, None, False, eps, group)
+        return *_differentiable_convolution(dx, y, w, stride), dweight
+    mu, _, rstd = branch.stats.to(y.dtype if weight is not None and weight.dtype == y.dtype else wide_dtype(y.dtype))
     if weight is None:  # ATen's own double backward needs one
         weight = torch.ones_like(mu)
     dx, dweight, _ = torch.ops.aten.native_batch_norm_backward(
         g, x, weight, None, None, mu, rstd, True, eps, [True, True, True]
     )
-    dy, dw, _ = torch.ops.aten.convolution_backward(
-        dx, y, w, None, [stride, stride], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False]
-    )
-    return dy, dw.to(conv_weight.dtype), dweight
+    return *_differentiable_convolution(dx, y, w, stride), dweight
 
 
 class Input(NamedTuple):
@@ -803,7 +831,7 @@ class Conv1x1BNActFunction(Function):
             if need_dbias:
                 dbias = g.sum((0, 2, 3), dtype=wide_dtype(g.dtype))
             if any(needs):
-                gradients = _differentiable_gradients(g, branch)
+                gradients = _differentiable_gradients(g, branch, ops.group)
         else:
             dy = dy.contiguous(memory_format=torch.channels_last)
             masked, dbias, (gradients,) = _gradients(dy, mask, (branch,), need_dresidual and relu, ops)
@@ -861,7 +889,9 @@ class Conv1x1BNAddConv1x1BNActFunction(Function):
             if mask is not None:
                 g = dy * _kept(mask, dy)
             sum_g = g.sum((0, 2, 3), dtype=wide_dtype(g.dtype))
-            gradients = [_differentiable_gradients(g, b) if any(b.needs) else (None, None, None) for b in branches]
+            gradients = [
+                _differentiable_gradients(g, b, ctx.ops.group) if any(b.needs) else (None, None, None) for b in branches
+            ]
         else:
             dy = dy.contiguous(memory_format=torch.channels_last)
             _, sum_g, gradients = _gradients(dy, mask, branches, False, ctx.ops)

@@ -15,6 +15,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+from .tracing import in_backward, is_blind
 
 FOLDINGS = ("auto", "always", "never")
 
@@ -63,6 +66,47 @@ _LIMITS = {
     torch.bfloat16: Conditioning(2.0**15, 2.0**4),
 }
 _MOST_ROUNDING_OF_FLOAT32_WEIGHTS = 2.0**8
+
+
+# Calls after which a refused fold is looked at again; and, where looking waits for the device, an accepted one.
+_LOOK_AGAIN = 256
+
+
+class FoldingDecision:
+    """Whether the folds of one layer were exact enough when last looked at.
+
+    A layer keeps it beside its parameters, not in its state_dict: a resumed run looks at its first call. On a CPU every
+    call looks, but for those after a refusal; elsewhere, where looking waits for the device, the first call does and
+    every 256th. Calls that cannot look (compiled, captured in a CUDA graph) and those that a checkpoint repeats in
+    backward do as was last decided.
+
+    Attributes:
+        safe: None before the first look. why: in words.
+    """
+
+    __slots__ = ("_calls", "safe", "why")
+
+    def __init__(self) -> None:
+        self.safe: bool | None = None
+        self.why = "not looked at yet"
+        self._calls = 0  # since the last look
+
+    def known(self, y: Tensor) -> bool | None:
+        """The decision for a call with ``y``; None where the call has to look."""
+        if is_blind(y):
+            return self.safe is True
+        if self.safe is None or in_backward():
+            return self.safe
+        looks = self._calls >= _LOOK_AGAIN or (self.safe and y.is_cpu)
+        return None if looks else self.safe
+
+    def count(self) -> None:
+        """A call that could look, and did as was decided."""
+        self._calls += 1
+
+    def found(self, safe: bool, why: str) -> None:
+        """A call has looked."""
+        self.safe, self.why, self._calls = safe, why, 0
 
 
 def _checked(folding: object, source: str) -> str:
