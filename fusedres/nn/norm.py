@@ -14,8 +14,9 @@ from .. import functional as fused
 from ..ops.batch_norm_act_conv import Convolution
 from ..ops.checks import check_act
 from ..ops.folded_bottleneck import Part, folded_bottleneck
-from ..ops.folded_call import Conv1x1, folding_ops_for
+from ..ops.folded_call import Conv1x1, folding_ops_for, may_gain
 from ..ops.folding import FoldingDecision, folding_asked
+from ..ops.tracing import is_traced
 
 
 def _tensors(norm: nn.BatchNorm2d, traced: bool) -> tuple[Tensor | None, ...]:
@@ -404,7 +405,10 @@ def bottleneck(
     Args:
         pairs: conv1, conv2, conv3 and, of a projection, the shortcut's convolution, each with its norm.
     """
-    if folding == "never" or not _may_fuse(x) or not is_plain_relu(act):
+    asked, (last, _) = folding_asked(folding), pairs[2]
+    if asked == "never" or not _may_fuse(x) or not is_plain_relu(act) or type(last) is not nn.Conv2d:
+        return None
+    if not may_gain(asked, x, [last.in_channels], last.out_channels):
         return None
     for (conv, norm), relu_follows in zip(pairs, (True, True, False, False), strict=False):
         if not norm.training or not is_fusable(norm, relu_follows) or conv.bias is not None:
@@ -420,7 +424,31 @@ def bottleneck(
     if shortcut and shortcut[0]._replace(stride=(1, 1)) != plain:
         return None
     parts = [_part(conv, norm) for conv, norm in pairs]
-    return folded_bottleneck(x, parts, second, stride, folding, recompute, decision)
+    return folded_bottleneck(x, parts, second, stride, asked, recompute, decision)
+
+
+def conv_norm_act_max_pool(
+    conv: nn.Module, norm: nn.Module, x: Tensor, pool: nn.Module, act: nn.Module | None = None, recompute: bool = False
+) -> Tensor:
+    """``pool(act(norm(conv(x))))``, a stem; with ``recompute`` backward computes the convolution's output again."""
+    y = conv(x)
+    convolution = _convolution(conv) if recompute and _may_fuse(x) else None
+    if convolution is None or torch.compiler.is_compiling() or is_traced() or not y.requires_grad:
+        return norm_act_max_pool(norm, y, pool, act)
+    dtype, address, shape = y.dtype, y.data_ptr(), y.shape
+    operands = [t if t is None else t.detach() for t in (x, conv.weight, conv.bias)]
+
+    def pack(t: Tensor) -> Tensor | None:
+        return None if t.data_ptr() == address and t.shape == shape else t
+
+    def unpack(packed: Tensor | None) -> Tensor:
+        if packed is not None:
+            return packed
+        with torch.no_grad():
+            return convolution(*(t if t is None else t.to(dtype) for t in operands))
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return norm_act_max_pool(norm, y, pool, act)
 
 
 def norm_act_max_pool(norm: nn.Module, x: Tensor, pool: nn.Module, act: nn.Module | None = None) -> Tensor:

@@ -40,7 +40,7 @@ from .batch_norm_act_conv import Convolution, Norm, Passes, activation, gradient
 from .batch_norm_sync import differentiable_batch_norm, merged_statistics
 from .conv1x1_bn_act import FoldingOps, strided_size, wide_dtype
 from .folded_call import Conv1x1, can_move, checked_moments, folding_ops_of
-from .folding import FoldingDecision, folding_asked
+from .folding import FoldingDecision
 from .layout import is_channels_last
 from .tracing import is_blind, is_traced
 
@@ -290,9 +290,9 @@ def folded_bottleneck(
     Args:
         parts: conv1, conv2, conv3 and, of a projection, the shortcut's convolution, each with its norm.
         stride: of the shortcut's convolution.
+        folding: as ``folding_asked`` gave it.
         recompute: whether not to keep what conv2 reads; ``folding="always"`` does not either.
     """
-    folding = folding_asked(folding)
     if folding == "never" or is_compiling() or is_traced() or not torch.is_grad_enabled():
         return None
     parameters = [p for part in parts for p in part.parameters]

@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 from . import registry
 from .checks import pair
 from .conv1x1_bn_act import FoldingOps, conditioning, folding_ops, output_moments, pixels, strided_size
-from .folding import FoldingDecision, folding_choice, numerically_safe, safe_unseen
+from .folding import FoldingDecision, folding_choice, never_gains, numerically_safe, safe_unseen
 from .layout import is_channels_last
 from .tracing import is_blind, is_traced
 
@@ -50,24 +50,6 @@ class Conv1x1:
     @property
     def pixels(self) -> int:
         return pixels(self.y, self.stride)
-
-    def may_gain(self, folding: str, decision: FoldingDecision | None) -> bool:
-        """Whether some batch of such a layer would be folded: what does not depend on the batch."""
-        enough = 1 << 40
-        channels, outputs = [self.y.size(1)], self.conv_weight.size(0)
-        return None is not folding_ops_of(
-            folding,
-            self.y,
-            self.dtype,
-            channels,
-            outputs,
-            enough,
-            blind=is_blind(self.y),
-            training=True,
-            channels_last=True,
-            fits=True,
-            decision=decision,
-        )
 
     def output(self) -> Tensor:
         """One value in the shape of what the convolution would write: for checks."""
@@ -142,7 +124,6 @@ def folding_ops_of(
     decision: FoldingDecision | None,
 ) -> FoldingOps | None:
     """Who serves a call that is described by numbers, for tensors like ``y``; arguments as of ``folding_choice``."""
-    ops = folding_ops(y)
     known = True if safe_unseen(dtype, sums_of(y.device.type)) else None if decision is None else decision.known(y)
     if decision is not None and not blind:
         decision.count()
@@ -157,11 +138,20 @@ def folding_ops_of(
         capability=registry.CPU_CAPABILITY,
         training=training,
         traced=is_traced() or (blind and not known),
-        served=ops is not None,
         channels_last=channels_last,
         fits=fits,
     )
-    return ops if folds and known is not False else None
+    return folding_ops(y) if folds and known is not False else None
+
+
+def may_gain(folding: str, y: Tensor, channels: Sequence[int], outputs: int) -> bool:
+    """Whether some batch of a layer would be folded for tensors like ``y``: a first question that costs little."""
+    dtype, device = y.dtype, y.device.type
+    if device == "cuda" and folding == "auto" and not registry.folds_on(y):
+        return False
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return never_gains(folding, dtype, device, channels, outputs, registry.CPU_CAPABILITY) is None
 
 
 def checked_moments(
