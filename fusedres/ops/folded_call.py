@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import registry
+from . import choices, registry
 from .checks import pair
 from .conv1x1_bn_act import FoldingOps, conditioning, folding_ops, output_moments, pixels, strided_size
 from .folding import FoldingDecision, folding_choice, never_gains, numerically_safe, safe_unseen
@@ -140,14 +140,22 @@ def folding_ops_of(
         traced=is_traced() or (blind and not known),
         channels_last=channels_last,
         fits=fits,
+        measured=_measured(y, channels, outputs, pixels, dtype),
     )
     return folding_ops(y) if folds and known is not False else None
+
+
+def _measured(y: Tensor, channels: Sequence[int], outputs: int, pixels: int, dtype: torch.dtype) -> str | None:
+    """What the table of a GPU says of folding a layer."""
+    if not y.is_cuda or is_compiling():  # sizes may be symbols there
+        return None
+    return registry.table_of(y.get_device()).folding.get(choices.folding_key(channels, outputs, pixels, dtype))
 
 
 def may_gain(folding: str, y: Tensor, channels: Sequence[int], outputs: int) -> bool:
     """Whether some batch of a layer would be folded for tensors like ``y``: a first question that costs little."""
     dtype, device = y.dtype, y.device.type
-    if device == "cuda" and folding == "auto" and not registry.folds_on(y):
+    if folding == "auto" and y.is_cuda and not is_compiling() and not registry.table_of(y.get_device()).folding:
         return False
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

@@ -352,7 +352,8 @@ def test_folding_choice() -> None:
         ({"training": False}, "evaluation"),
         ({"traced": True}, "traced"),
         ({"fits": False}, "one GEMM"),
-        ({"served": False, "device": "xpu"}, "no kernels on xpu"),
+        ({"device": "xpu"}, "measured on xpu: nothing"),
+        ({"device": "cuda", "measured": "plain"}, "measured on cuda: plain"),
         ({"pixels": 255}, "255 pixels"),
         ({"channels_last": False}, "channels_last"),
         ({"device": "cuda"}, "cuda"),
@@ -366,6 +367,7 @@ def test_folding_choice() -> None:
         folds, why = choice(**change)
         assert not folds, change
         assert says in why
+    assert choice(device="cuda", measured="fold", channels=(512,))[0]
     for change in ({"channels_last": False}, {"device": "cuda"}, {"channels": (64, 65)}, {"capability": "avx2"}):
         assert choice("always", **change)[0]
     assert not choice("always", pixels=255)[0]
