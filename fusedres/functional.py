@@ -56,7 +56,7 @@ from .ops.conv1x1_bn_act import (
 from .ops.folded_call import Conv1x1, can_move, checked_moments, folding_ops_for
 from .ops.folding import FoldingDecision, folding_asked
 from .ops.layout import dense
-from .ops.tracing import is_traced
+from .ops.tracing import autocast_dtype, is_traced
 
 __all__ = [
     "add_act",
@@ -917,10 +917,9 @@ def batch_norm_act_conv(
     check_not_inference({"x": x, "weight": weight, "bias": bias, "conv_weight": conv_weight, "conv_bias": conv_bias})
     memory_format = memory_format_of(x)
     x = x.contiguous(memory_format=memory_format)
-    device = x.device.type
-    amp = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if amp else x.dtype
-    if not amp and conv_weight.dtype != x.dtype:
+    amp = autocast_dtype(x)
+    dtype = amp or x.dtype
+    if amp is None and conv_weight.dtype != x.dtype:
         raise RuntimeError(f"conv_weight must have the dtype of x, {x.dtype}, but got {conv_weight.dtype}")
     norm = Norm(running_mean, running_var, num_batches_tracked, momentum, eps, process_group)
     config = (norm, act == "relu", convolution, dtype, memory_format, by)

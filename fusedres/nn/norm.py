@@ -270,25 +270,13 @@ def recomputes(owner: nn.Module) -> bool:
 
 
 def folds(
-    conv: nn.Module,
-    norm: nn.Module,
-    y: Tensor,
-    conv2: nn.Module | None = None,
-    norm2: nn.Module | None = None,
-    y2: Tensor | None = None,
-    *,
-    act: nn.Module | None,
-    folding: str,
-    decision: FoldingDecision,
+    conv: nn.Module, norm: nn.Module, y: Tensor, act: nn.Module | None, folding: str, decision: FoldingDecision
 ) -> bool:
-    """Whether :func:`conv_norm_act`, or the function of a pair, would fold a call with tensors like ``y``."""
-    if not may_fold(conv, norm, y, act, folding) or (conv2 is not None and not _is_foldable(conv2, norm2, y2, False)):
+    """Whether :func:`conv_norm_act` would fold a call with a tensor like ``y``."""
+    if not may_fold(conv, norm, y, act, folding):
         return False
-    convolutions = [Conv1x1(y, conv.weight, conv.stride)]
-    if conv2 is not None:
-        convolutions.append(Conv1x1(y2, conv2.weight, conv2.stride))
-    fits = all(c.fits for c in convolutions)
-    return folding_ops_for(folding_asked(folding), tuple(convolutions), True, fits, decision) is not None
+    convolution = Conv1x1(y, conv.weight, conv.stride)
+    return folding_ops_for(folding_asked(folding), (convolution,), True, convolution.fits, decision) is not None
 
 
 def folding_decision(owner: nn.Module) -> FoldingDecision:
@@ -410,12 +398,12 @@ def bottleneck(
         return None
     if not may_gain(asked, x, [last.in_channels], last.out_channels):
         return None
-    for (conv, norm), relu_follows in zip(pairs, (True, True, False, False), strict=False):
-        if not norm.training or not is_fusable(norm, relu_follows) or conv.bias is not None:
-            return None
     convolutions = [_convolution(conv) for conv, _ in pairs]
-    if None in convolutions:
+    if None in convolutions or any(conv.bias is not None for conv, _ in pairs):
         return None
+    for (_, norm), relu_follows in zip(pairs, (True, True, False, False), strict=False):
+        if not norm.training or not is_fusable(norm, relu_follows):
+            return None
     first, second, third, *shortcut = convolutions
     plain = Convolution((1, 1), (0, 0), (1, 1), 1)
     stride, columns = shortcut[0].stride if shortcut else (1, 1)

@@ -13,7 +13,7 @@ from .checks import pair
 from .conv1x1_bn_act import FoldingOps, conditioning, folding_ops, output_moments, pixels, strided_size
 from .folding import FoldingDecision, folding_choice, never_gains, numerically_safe, safe_unseen
 from .layout import is_channels_last
-from .tracing import is_blind, is_traced
+from .tracing import autocast_dtype, is_blind, is_traced
 
 
 def can_move(*statistics: Tensor | None) -> bool:
@@ -36,15 +36,14 @@ class Conv1x1:
 
     def __init__(self, y: Tensor, conv_weight: Tensor, stride: int | tuple[int, int], name: str = "stride") -> None:
         rows, columns = pair(name, stride)
-        device = y.device.type
-        amp = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and y.dtype != torch.float64
+        amp = autocast_dtype(y)
         self.y, self.conv_weight, self.stride = y, conv_weight, rows
-        self.dtype = torch.get_autocast_dtype(device) if amp else y.dtype
+        self.dtype = amp or y.dtype
         self.fits = (
             rows == columns
             and rows > 0
             and conv_weight.numel() > 0
-            and (conv_weight.dtype == self.dtype or (amp and conv_weight.dtype == torch.float32))
+            and (conv_weight.dtype == self.dtype or (amp is not None and conv_weight.dtype == torch.float32))
         )
 
     @property
@@ -154,12 +153,10 @@ def _measured(y: Tensor, channels: Sequence[int], outputs: int, pixels: int, dty
 
 def may_gain(folding: str, y: Tensor, channels: Sequence[int], outputs: int) -> bool:
     """Whether some batch of a layer would be folded for tensors like ``y``: a first question that costs little."""
-    dtype, device = y.dtype, y.device.type
     if folding == "auto" and y.is_cuda and not is_compiling() and not registry.table_of(y.get_device()).folding:
         return False
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    return never_gains(folding, dtype, device, channels, outputs, registry.CPU_CAPABILITY) is None
+    dtype = autocast_dtype(y) or y.dtype
+    return never_gains(folding, dtype, y.device.type, channels, outputs, registry.CPU_CAPABILITY) is None
 
 
 def checked_moments(
