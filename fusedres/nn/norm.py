@@ -394,7 +394,9 @@ def bottleneck(
         pairs: conv1, conv2, conv3 and, of a projection, the shortcut's convolution, each with its norm.
     """
     asked, (last, _) = folding_asked(folding), pairs[2]
-    if asked == "never" or not _may_fuse(x) or not is_plain_relu(act) or type(last) is not nn.Conv2d:
+    if asked == "never" or type(last) is not nn.Conv2d or not is_plain_relu(act):
+        return None
+    if not isinstance(x, Tensor) or not _may_fuse(x):
         return None
     if not may_gain(asked, x, [last.in_channels], last.out_channels):
         return None
