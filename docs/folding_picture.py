@@ -1,6 +1,6 @@
 """Draws ``docs/folding.png``: the tensors of a Bottleneck in eager, fused and folded training.
 
-    python docs/folding_picture.py
+python docs/folding_picture.py
 """
 
 from __future__ import annotations

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
-from fusedres import verification
+from fusedres import functional, verification
 
 from .conftest import CASES, DEVICE, Call, served_by
 
@@ -98,6 +100,35 @@ def test_no_waiting_for_the_host(case, forced, needs_gpu, make_call):
         call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["residual", "plain", "eval", "pair", "stem", "add"])
+def test_straight_to_a_native_op(name, backend, make_call, monkeypatch):
+    """It checks its arguments itself, so that Python does not, which would take as long as the rest of a call."""
+    if backend not in ("cuda", "cpu"):
+        pytest.skip("this backend's launchers rely on the checks")
+    with served_by(backend, CASES[name].op):
+        call = make_call(CASES[name])
+        monkeypatch.setattr(functional, "check_act", lambda act: pytest.fail("checked"))
+        call()
+
+
+def test_first_call_on_a_new_shape(backend, make_call):
+    """Takes no second more than the next one, once kernels are compiled: nothing is tried out at run time."""
+    with served_by(backend, "batch_norm_act"):
+        for side in (28, 29, 27):  # the kernels for even and odd widths, then another shape
+            case = verification.Case(
+                "batch_norm_act", (8, 64, side, side), "bf16", "channels_last", residual="channels_last"
+            )
+            call = make_call(case)
+            seconds = []
+            for _ in range(2):
+                start = time.perf_counter()
+                call()
+                if DEVICE == "cuda":
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - start)
+    assert seconds[0] - seconds[1] < 1
 
 
 @pytest.mark.parametrize("name", ["residual", "plain", "pair", "stem", "add"])
