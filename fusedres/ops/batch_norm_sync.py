@@ -314,10 +314,12 @@ def sync_batch_norm_act(
     save_mask: bool,
     group: Any,
     ops: tuple[Callable[..., Any], ...],
+    partials: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward: out, statistics and mask."""
+    """The forward: out, statistics and mask. ``partials`` of all processes, where they have been exchanged already."""
     statistics, apply = ops[:2]
-    partials = gathered(statistics(x), group)
+    if partials is None:
+        partials = gathered(statistics(x), group)
     check_count(partials)
     norm = (weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
     return apply(x, residual, partials, *norm, relu, save_mask)
@@ -409,10 +411,11 @@ class SyncBatchNormActFunction(Function):
         relu: bool,
         group: Any,
         ops: tuple[Callable[..., Any], ...],
+        partials: Tensor | None,
     ) -> Tensor:
         save_mask = relu and residual is not None
         norm = (weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
-        out, stats, mask = sync_batch_norm_act(x, residual, *norm, relu, save_mask, group, ops)
+        out, stats, mask = sync_batch_norm_act(x, residual, *norm, relu, save_mask, group, ops, partials)
         ctx.save_for_backward(x, weight, bias, stats, mask if save_mask else None)
         ctx.config = (relu, eps, memory_format_of(x), group, ops)
         return out
@@ -428,7 +431,7 @@ class SyncBatchNormActFunction(Function):
         if torch.is_grad_enabled():
             dx, g, dweight, dbias = differentiable_backward(dy, x, weight, bias, stats, mask, relu, eps, group)
             grads = (dx, g, dweight, dbias)
-            return *(t if need else None for t, need in zip(grads, ctx.needs_input_grad[:4], strict=True)), *(None,) * 8
+            return *(t if need else None for t, need in zip(grads, ctx.needs_input_grad[:4], strict=True)), *(None,) * 9
         saved = (dy.contiguous(memory_format=memory_format), x, weight, bias, stats, mask)
         sums = stats.new_empty(0, dtype=torch.float64)
         dx = dresidual = dweight = dbias = None
@@ -445,5 +448,5 @@ class SyncBatchNormActFunction(Function):
             dresidual if need_dresidual else None,
             dweight if need_dweight else None,
             dbias if need_dbias else None,
-            *(None,) * 8,
+            *(None,) * 9,
         )
