@@ -158,11 +158,13 @@ def _conv1x1_across_processes(
     if known is None:
         x = F.conv2d(y, conv_weight, None, stride)
         x = x.contiguous(memory_format=memory_format_of(x))
-        own = torch.cat([implementations(x)[0](x), x.new_zeros(1, dtype=torch.float64)])
-    else:
-        mu, var = known[0] if known[0] is not None else output_moments(conv_weight.detach(), mean, cov, count)
-        own = torch.cat([mu, var * count, mu.new_tensor([count, 1.0])])
-    parts = gathered(own, process_group)
+    with torch.no_grad():
+        if x is not None:
+            own = torch.cat([implementations(x)[0](x), x.new_zeros(1, dtype=torch.float64)])
+        else:
+            mu, var = known[0] if known[0] is not None else output_moments(conv_weight, mean, cov, count)
+            own = torch.cat([mu, var * count, mu.new_tensor([count, 1.0])])
+        parts = gathered(own, process_group)
     partials = parts[:, :-1].contiguous()
     if not bool((parts[:, -1] == 1).all()):
         if x is None:
