@@ -176,6 +176,20 @@ def test_folded_by_hand():
     both = conv1x1_bn_act_backward_apply_traffic(*args, **second, need_dx2=True)
     assert launches(both) == {"apply": (out + mask + y + matrices + y2 + matrices2, (210 + 120) * 2)}
     assert both.floor == both.total
+    y, out, mask, norm = 70 * 3 * 2, 70 * 4 * 2, 36, 3 * 3 * 4  # without a stride, of y that is normalised
+    assert launches(conv1x1_moments_traffic(args[0], args[2], norm=True)) == {"moments": (y + norm, 8 * (3 + 9))}
+    masked = conv1x1_bn_act_apply_traffic(*args, norm=True, residual=True, residual_mask=True, save_mask=False)
+    assert launches(masked) == {"apply": (y + norm + weight + shift + out + mask, out)}
+    assert launches(conv1x1_bn_act_backward_reduce_traffic(*args, norm=True)) == {
+        "reduce": (out + mask + y + norm, 8 * (4 + 4 * 3))
+    }
+    sums = conv1x1_bn_act_backward_reduce_traffic(*args, norm=True, need_products=False)
+    assert launches(sums) == {"reduce": (out + mask, 8 * 4)}
+    assert launches(conv1x1_bn_act_backward_apply_traffic(*args, norm=True)) == {
+        "apply": (out + mask + y + norm + matrices, y + 8 * 2 * 3)
+    }
+    only = conv1x1_bn_act_backward_apply_traffic(*args, norm=True, shape2=(2, 5, 5, 7), need_dx=False, need_dx2=True)
+    assert launches(only) == {"apply": (out + mask + 70 * 5 * 2 + matrices2, 70 * 5 * 2)}
     with pytest.raises(ValueError, match="stride must be positive"):
         conv1x1_moments_traffic(args[0], args[2], stride=0)
 
