@@ -84,14 +84,11 @@ def _folded(a: Call) -> dict[str, Any]:
 
 
 def _matrices(a: Call) -> dict[str, Any]:
-    k, c = a.conv_weight.shape[:2]
-    weight_dtype = a.conv_weight.dtype
     return {
-        "inputs": c,
-        "channels": k,
+        "shape": tuple(a.conv_weight.shape[:2]),
         "dtype": a.dtype,
-        "weight_dtype": weight_dtype,
-        "affine": a.weight is not None,
+        "weight_dtype": a.conv_weight.dtype,
+        "param_dtype": None if a.weight is None else a.weight.dtype,
     }
 
 
@@ -163,9 +160,8 @@ _TRAFFIC: dict[str, Callable[[Call], Traffic]] = {
     ),
     "conv1x1_bn_update_running": lambda a: conv1x1_bn_update_running_traffic(
         a.stats.size(1),
-        running=a.running_mean is not None,
+        param_dtype=None if a.running_mean is None else a.running_mean.dtype,
         counter=a.num_batches_tracked is not None,
-        **({} if a.running_mean is None else {"param_dtype": a.running_mean.dtype}),
     ),
 }
 

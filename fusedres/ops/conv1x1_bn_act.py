@@ -674,11 +674,14 @@ def conv1x1_bn_unfold_traffic(
 
 
 def conv1x1_bn_update_running_traffic(
-    channels: int, *, param_dtype: torch.dtype = torch.float32, counter: bool = True
+    channels: int, *, param_dtype: torch.dtype | None = torch.float32, counter: bool = True
 ) -> Traffic:
-    """Bytes of moving the running statistics of ``channels``; param_dtype: of those."""
-    running, counters = 2 * channels * param_dtype.itemsize, counter * COUNTER
-    return _one_launch("update_running", 2 * channels * _FLOAT64 + running + counters, running + counters)
+    """Bytes of moving the running statistics of ``channels``; param_dtype: of those, None without."""
+    moved = counter * COUNTER
+    if param_dtype is None:
+        return _one_launch("update_running", moved, moved)
+    moved += 2 * channels * param_dtype.itemsize
+    return _one_launch("update_running", 2 * channels * _FLOAT64 + moved, moved)
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------

@@ -361,11 +361,11 @@ def test_calls_are_read_by_the_schema():
         ),
         (
             (ops.conv1x1_bn_fold, folded[:, :, None, None].float(), v, v, v, mixing, None, 1e-5, 9, None, dtype),
-            conv1x1_bn_fold_traffic(3, 4, dtype, weight_dtype=torch.float32),
+            conv1x1_bn_fold_traffic((4, 3), dtype),
         ),
         (
             (ops.conv1x1_bn_unfold, folded, None, v, mixing, stats, v, mixing, 9, dtype, True, False),
-            conv1x1_bn_unfold_traffic(3, 4, dtype, affine=False, need_dy=False),
+            conv1x1_bn_unfold_traffic((4, 3), dtype, weight_dtype=dtype, param_dtype=None, need_dy=False),
         ),
         (
             (ops.conv1x1_bn_update_running, v, v, None, 0.1, stats, 9),
