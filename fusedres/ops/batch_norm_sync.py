@@ -51,7 +51,7 @@ def _pixels(x: Tensor) -> int:
     return x.size(0) * x.size(2) * x.size(3)
 
 
-def _batch_norm_statistics_reference(x: Tensor) -> Tensor:
+def batch_norm_statistics_reference(x: Tensor) -> Tensor:
     x64 = x.double()
     count = x64.new_full((1,), _pixels(x))
     if _pixels(x) == 0:
@@ -223,7 +223,7 @@ def _batch_norm_act_backward_apply_fake(dy: Tensor, x: Tensor, *args: Any) -> tu
 BATCH_NORM_STATISTICS = define(
     "batch_norm_statistics",
     "(Tensor x) -> Tensor",
-    _batch_norm_statistics_reference,
+    batch_norm_statistics_reference,
     _fake_sums,
     cuda=True,
 )

@@ -34,6 +34,7 @@ from .conv1x1_bn_act import (
     conv1x1_bn_unfold_traffic,
     conv1x1_bn_update_running_traffic,
     conv1x1_moments_traffic,
+    conv1x1_statistics_traffic,
 )
 from .layout import is_channels_last
 from .traffic import Traffic
@@ -135,6 +136,7 @@ _TRAFFIC: dict[str, Callable[[Call], Traffic]] = {
     "conv1x1_moments": lambda a: conv1x1_moments_traffic(
         tuple(a.y.shape), a.y.dtype, norm=a.norm is not None, stride=a.stride
     ),
+    "conv1x1_statistics": lambda a: conv1x1_statistics_traffic(tuple(a.x.shape), a.weight.size(0), a.x.dtype),
     "conv1x1_bn_act_apply": lambda a: conv1x1_bn_act_apply_traffic(
         **_folded(a),
         channels=a.folded.size(0),
