@@ -5,7 +5,7 @@
 Every network is trained from the same weights on the same batches by eager PyTorch in channels_last, by eager PyTorch
 in contiguous memory, which shows how far rounding alone moves a run, and by this package with `folding="always"`. One
 thread, about 20 minutes. A finished run is stored at once in results/<device>/training_curves.json and, of the same
-commit and settings, not repeated; docs/curves.png is drawn from that file.
+settings and commit, not repeated; docs/curves.png is drawn from that file.
 """
 
 from __future__ import annotations
@@ -239,16 +239,20 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def stored(path: Path, env: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Finished cells of this commit, torch and settings."""
+def stored(path: Path, env: dict[str, Any], settings: dict[str, Any], any_commit: bool = False) -> dict[str, Any]:
+    """Finished cells of these settings, torch and instruction set, and of this commit or of any."""
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    if any(content["environment"].get(name) != env[name] for name in ("commit", "torch", "fusedres_cpu_capability")):
+    if any(content["environment"].get(name) != env[name] for name in ("torch", "fusedres_cpu_capability")):
         return {}
     same = {n for n, values in settings.items() if content["results"]["settings"].get(n) == values}
-    return {key: cell for key, cell in content["results"]["cells"].items() if key.split()[0] in same}
+    return {
+        key: cell
+        for key, cell in content["results"]["cells"].items()
+        if key.split()[0] in same and (any_commit or cell["commit"] == env["commit"])
+    }
 
 
 def write(path: Path, env: dict[str, Any], body: dict[str, Any]) -> None:
@@ -259,16 +263,18 @@ def write(path: Path, env: dict[str, Any], body: dict[str, Any]) -> None:
     path.write_text(text + "\n")
 
 
-def measure(runs: dict[str, Run], seeds: Sequence[int], path: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def measure(
+    runs: dict[str, Run], seeds: Sequence[int], path: Path, say: Callable[[str], None], any_commit: bool = False
+) -> dict[str, Any]:
     """Train what is not stored yet, one cell after the other; what the file then holds."""
     env = environment(set_memory_regime("recycled"))
     settings = {network: asdict(run) for network, run in runs.items()}
-    cells = stored(path, env, settings)
+    cells = stored(path, env, settings, any_commit)
     body = {"settings": settings, "seeds": list(seeds), "first_steps": FIRST, "cells": cells}
     for network, dtype, kind, seed in product(runs, DTYPES, KINDS, seeds):
         key = key_of(network, dtype, kind, seed)
         if key not in cells:
-            cells[key] = train(network, runs[network], dtype, kind, seed)
+            cells[key] = {"commit": env["commit"], **train(network, runs[network], dtype, kind, seed)}
             write(path, env, body)
             say(f"{key}: {cells[key]['accuracies'][-1]:.1%} after {cells[key]['cpu_seconds']:.0f} s")
     body["summary"] = summary(cells, runs, seeds)
@@ -342,6 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="one seed and a few steps: a check; needs --out")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for both files, instead of results/<device> and docs")
+    parser.add_argument("--any-commit", action="store_true", help="keep finished runs of other commits too")
     args = parser.parse_args(arguments)
     if args.quick and args.out is None:
         parser.error("--quick is no measurement: say with --out where to write")
@@ -349,7 +356,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = (args.out or RESULTS / device_slug()) / f"{NAME}.json"
     picture = PICTURE if args.out is None else args.out / PICTURE.name
     runs = {network: quick(run) for network, run in RUNS.items()} if args.quick else RUNS
-    body = measure(runs, SEEDS[:1] if args.quick else SEEDS, path, lambda line: print(line, flush=True))
+    seeds = SEEDS[:1] if args.quick else SEEDS
+    body = measure(runs, seeds, path, lambda line: print(line, flush=True), args.any_commit)
     draw(body, picture)
     print(table(body["summary"]))
     print("written:", path, picture)

@@ -108,6 +108,8 @@ def test_quick_run(tiny, tmp_path, capsys, monkeypatch):
     settings = now["results"]["settings"]
     assert len(curves.stored(path, now["environment"], settings)) == 6
     assert curves.stored(path, now["environment"] | {"commit": "0"}, settings) == {}
+    assert len(curves.stored(path, now["environment"] | {"commit": "0"}, settings, any_commit=True)) == 6
+    assert curves.stored(path, now["environment"] | {"torch": "0"}, settings, any_commit=True) == {}
     other = {"bottleneck56": settings["bottleneck56"] | {"lr": 1.0}}
     assert curves.stored(path, now["environment"], other) == {}
 
