@@ -94,7 +94,7 @@ def plan(work: Path, workers: int) -> list[Part]:
         Part("env", (module("benchmarks.gpu.env"), warm_folded), 30),
         Part("verify", tuple(verify), 90, BUILT),
         Part("tests", tests(*of_the_rest), 120, BUILT),
-        Part("folding", tests(FOLDING_TESTS), 90, BUILT),
+        Part("folding", tests(FOLDING_TESTS), 120, BUILT),
         Part("models", (models(*options("kind", *all_kinds)),), 110, BUILT, quiet=True),
         Part("kernels", (kernels,), 45, BUILT, quiet=True),
         Part("ops", ops(), 130, BUILT, quiet=True),
