@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fusedres.kernels import add_act, batch_norm_act, batch_norm_act_max_pool, common, conv1x1_bn_act
+from fusedres.kernels import add_act, batch_norm_act, batch_norm_act_max_pool, common, conv1x1_bn_act, conv1x1_bn_fold
 
 TARGETS = {
     "80": GPUTarget("cuda", 80, 32),
@@ -142,6 +142,44 @@ class _Call:
         add_act.add_act_backward(self.x, mask)
 
 
+class _Matrices:
+    """Arguments of the launchers for the small matrices of one convolution, (K, C)."""
+
+    def __init__(self, k: int, c: int, dtype: str, weight_dtype: str) -> None:
+        self.dtype = _DTYPES[dtype][0]
+        self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.weight = _meta((k, c, 1, 1), _DTYPES[weight_dtype][0])
+        self.vector, self.running = _meta((k,), torch.float64), _meta((k,), torch.float32)
+        self.mean, self.cov = _meta((c,), torch.float64), _meta((c, c), torch.float64)
+        self.covariance = _meta((c, c), torch.float64 if self.dtype.itemsize > 2 else torch.float32)
+        self.stats, self.products = _meta((3, k), torch.float64), _meta((k, c), torch.float64)
+
+    def fold(self, known: bool = False) -> None:
+        """``known``: mean and variance of the output; then also a shift to add to."""
+        moments = _meta((2, self.vector.size(0)), torch.float64) if known else None
+        shift0 = _meta(self.vector.shape, self.wide) if known else None
+        affine, of_input = (self.running, self.running), (self.mean, self.cov, moments)
+        conv1x1_bn_fold.conv1x1_bn_fold(self.weight, *affine, *of_input, 1e-5, 1 << 18, shift0, self.dtype)
+
+    def unfold(self, need_dconv_weight: bool = True, need_dy: bool = True) -> None:
+        of_output = (self.stats, self.vector, self.products)
+        conv1x1_bn_fold.conv1x1_bn_unfold(
+            self.weight,
+            self.running,
+            self.mean,
+            self.covariance,
+            *of_output,
+            1 << 18,
+            self.dtype,
+            need_dconv_weight,
+            need_dy,
+        )
+
+    def update_running(self, momentum: float | None = 0.1) -> None:
+        running = (self.running, self.running, _meta((), torch.int64), momentum)
+        conv1x1_bn_fold.conv1x1_bn_update_running(*running, self.stats, 1 << 18)
+
+
 _LARGE = (256, 256, 56, 56)
 _SMALL = (32, 512, 7, 7)
 _STEM_SHAPE = (256, 64, 112, 112)
@@ -174,6 +212,27 @@ def _add_conv1x1(add: Callable[..., None]) -> None:
         name = f"conv1x1_bn_act_backward_reduce+g {size}"
         add(name, shape, "bf16", "channels_last", "folded_reduce", k=4 * shape[1], need_g=True)
     add("conv1x1_moments strided", _SHORTCUT, "bf16", "channels_last", "moments", stride=2)
+
+
+# (K, C): channels out and in
+_MATRICES = {"narrow": (256, 64), "wide": (2048, 512), "reducing": (256, 1024), "odd": (130, 67), "unaligned": (36, 84)}
+
+
+def _matrix_cases() -> dict[str, Callable[[], Any]]:
+    table: dict[str, Callable[[], Any]] = {}
+    for size, (k, c) in _MATRICES.items():
+        for dtype, weight_dtype in (("bf16", "f32"), ("bf16", "bf16"), ("f32", "f32"), ("f64", "f64")):
+            if size == "unaligned" and dtype != "bf16":
+                continue
+            of, name = _Matrices(k, c, dtype, weight_dtype), f"{size} {dtype} {weight_dtype}-weight"
+            table[f"conv1x1_bn_fold {name}"], table[f"conv1x1_bn_unfold {name}"] = of.fold, of.unfold
+    call = _Matrices(*_MATRICES["narrow"], "bf16", "f32")
+    table["conv1x1_bn_fold known narrow bf16 f32-weight"] = lambda: call.fold(True)
+    table["conv1x1_bn_unfold weight narrow bf16 f32-weight"] = lambda: call.unfold(need_dy=False)
+    table["conv1x1_bn_unfold mixing narrow bf16 f32-weight"] = lambda: call.unfold(need_dconv_weight=False)
+    table["conv1x1_bn_update_running narrow"] = call.update_running
+    table["conv1x1_bn_update_running cumulative narrow"] = lambda: call.update_running(None)
+    return table
 
 
 def cases() -> dict[str, Callable[[], Any]]:
@@ -219,7 +278,7 @@ def cases() -> dict[str, Callable[[], Any]]:
     add("batch_norm_act+residual odd", (64, 67, 28, 28), "bf16", "channels_last", "forward", residual=True)
     add("batch_norm_act_backward+residual odd", (64, 67, 28, 28), "bf16", "channels_last", "backward", residual=True)
     _add_conv1x1(add)
-    return table
+    return table | _matrix_cases()
 
 
 def launches(call: Callable[[], Any], target: str = "90") -> list[tuple[JITFunction, dict[str, Any]]]:

@@ -56,7 +56,7 @@ from .ops.conv1x1_bn_act import (
 from .ops.folded_call import Conv1x1, can_move, checked_moments, folding_ops_for
 from .ops.folding import FoldingDecision, folding_asked
 from .ops.layout import dense
-from .ops.tracing import is_traced
+from .ops.tracing import autocast_dtype, is_traced
 
 __all__ = [
     "add_act",
@@ -69,18 +69,21 @@ __all__ = [
     "conv_bn_act",
 ]
 
-# Elements below which ATen's own kernels serve, for there the fixed cost of a call decides. As measured: of a
+# Elements below which ATen's own kernels serve on a CPU, for there the fixed cost of a call decides. As measured: of a
 # channels_last tensor and of a contiguous one, without a residual and with one, for forward and backward together.
 _SMALL_TRAINING = ((4 * 1024, 10 * 1024), (0, 4 * 1024))
 _SMALL_EVALUATION = ((12 * 1024, 24 * 1024), (4 * 1024, 12 * 1024))
 _SMALL_POOL = 24 * 1024  # of a contiguous tensor only
 _SMALL_ADD = 8 * 1024  # of any dtype
-_SMALL_WIDE_ADD = 256 * 1024  # of more than 16 bits, on a CPU: from its caches ATen's two passes are as fast as one
+_SMALL_WIDE_ADD = 256 * 1024  # of more than 16 bits: from a CPU's caches ATen's two passes are as fast as one
 _WINDOW = ("kernel_size", "stride", "padding", "dilation")
 _MOST_TAPS = 255  # elements of a pooling window that the native kernels can number
 
 # What a native op or the way to it raises when it refuses arguments; nothing has been updated then.
 _REFUSED = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
+# RuntimeErrors that are no matter of arguments. After them there is no second try: memory would run out again, and a
+# device that failed may have moved the statistics.
+_FAILED = (torch.OutOfMemoryError, torch.AcceleratorError)
 
 _ONE = torch.ones((), dtype=torch.int64, device="cpu")  # adding a tensor costs less than adding a number
 
@@ -90,8 +93,8 @@ _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 
-def _is_plain(x: Tensor, act: str | None) -> bool:
-    """Whether a call on a CPU tensor may run at once, unchecked: nothing records or transforms it.
+def _is_plain(act: str | None) -> bool:
+    """Whether a call may run at once, unchecked: nothing records or transforms it.
 
     If what it runs refuses the arguments, the way through the checks says why in words, or finds what serves the call.
     """
@@ -100,18 +103,9 @@ def _is_plain(x: Tensor, act: str | None) -> bool:
         and not _functorch_is_active()
         and forward_ad._current_level < 0
         and _tracing_state() is None
-        and x.is_cpu
-        and (act == "relu" or act is None)
-    )
-
-
-def _natively(op: registry.Op) -> bool:
-    """Whether a plain call may go straight to the native CPU op, which checks its arguments itself."""
-    return (
-        op.cpu is not None
-        and not registry.forced_elsewhere("cpu")
-        # A hook that packs saved tensors may raise after the statistics have moved: no second try then.
+        # One that packs saved tensors may raise after the statistics have moved: no second try then.
         and _saved_tensors_hooks(False) is None
+        and (act == "relu" or act is None)
     )
 
 
@@ -141,7 +135,7 @@ def _aten_batch_norm(
             return None
         y = torch.batch_norm(x, weight, bias, running_mean, running_var, False, momentum, eps, False)
         return y if residual is None else y.add_(residual)
-    if training is not True or type(momentum) is not float or not eps > 0 or _saved_tensors_hooks(False) is not None:
+    if training is not True or type(momentum) is not float or not eps > 0:
         return None
     if running_mean is None or running_var is None:
         if running_mean is not running_var or x.numel() <= x.size(1):
@@ -289,21 +283,26 @@ def batch_norm_act(
             num_batches_tracked=num_batches_tracked,
         )
     try:
-        if _is_plain(x, act):
+        if _is_plain(act):
             numel = x.numel()
             small, small_contiguous = (_SMALL_TRAINING if training else _SMALL_EVALUATION)[residual is not None]
             if (
-                numel < small or (numel < small_contiguous and not x.is_contiguous(memory_format=torch.channels_last))
-            ) and not registry.forced():
+                (numel < small or (numel < small_contiguous and not x.is_contiguous(memory_format=torch.channels_last)))
+                and x.is_cpu
+                and not registry.forced()
+            ):
                 y = _aten_batch_norm(
                     x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
                 )
                 if y is not None:
                     return y if act is None else y.relu_()
-            if _natively(BATCH_NORM_ACT):
+            native = registry.native_ops(BATCH_NORM_ACT, BATCH_NORM_ACT_BACKWARD, x)
+            if native is not None:
+                op, backward_op = native
                 statistics = (running_mean, running_var, num_batches_tracked, training, momentum, eps)
-                op, backward_op = BATCH_NORM_ACT.cpu._op, BATCH_NORM_ACT_BACKWARD.cpu._op
                 return _batch_norm_act(x, residual, weight, bias, statistics, act == "relu", op, backward_op)
+    except _FAILED:
+        raise
     except _REFUSED:
         pass
 
@@ -466,11 +465,15 @@ def batch_norm_add_batch_norm_act(
     statistics = (running_mean, running_var, num_batches_tracked, training, momentum, eps)
     statistics2 = (running_mean2, running_var2, num_batches_tracked2, training2, momentum2, eps2)
     try:
-        if _is_plain(x, act) and _natively(BATCH_NORM_ADD_BATCH_NORM_ACT):
-            op, backward_op = BATCH_NORM_ADD_BATCH_NORM_ACT.cpu._op, BATCH_NORM_ADD_BATCH_NORM_ACT_BACKWARD.cpu._op
-            return _batch_norm_add_batch_norm_act(
-                x, weight, bias, statistics, x2, weight2, bias2, statistics2, act == "relu", op, backward_op
-            )
+        if _is_plain(act):
+            native = registry.native_ops(BATCH_NORM_ADD_BATCH_NORM_ACT, BATCH_NORM_ADD_BATCH_NORM_ACT_BACKWARD, x)
+            if native is not None:
+                op, backward_op = native
+                return _batch_norm_add_batch_norm_act(
+                    x, weight, bias, statistics, x2, weight2, bias2, statistics2, act == "relu", op, backward_op
+                )
+    except _FAILED:
+        raise
     except _REFUSED:
         pass
 
@@ -599,20 +602,24 @@ def batch_norm_act_max_pool(
         window = (kernel_size, stride, pair("padding", padding), pair("dilation", dilation))
     statistics = (running_mean, running_var, num_batches_tracked, training, momentum, eps)
     try:
-        if _is_plain(x, act) and (ceil_mode is True or ceil_mode is False):
+        if _is_plain(act) and (ceil_mode is True or ceil_mode is False):
             if (
                 x.numel() < _SMALL_POOL
                 and not x.is_contiguous(memory_format=torch.channels_last)
+                and x.is_cpu
                 and not registry.forced()
                 and _pools(*window, *x.shape)
                 and (y := _aten_batch_norm(x, None, weight, bias, *statistics)) is not None
             ):
                 return torch.max_pool2d(y if act is None else y.relu_(), *window, ceil_mode)
-            if _natively(BATCH_NORM_ACT_MAX_POOL):
-                op, backward_op = BATCH_NORM_ACT_MAX_POOL.cpu._op, BATCH_NORM_ACT_MAX_POOL_BACKWARD.cpu._op
+            native = registry.native_ops(BATCH_NORM_ACT_MAX_POOL, BATCH_NORM_ACT_MAX_POOL_BACKWARD, x)
+            if native is not None:
+                op, backward_op = native
                 return _batch_norm_act_max_pool(
                     x, weight, bias, statistics, act == "relu", (*window, ceil_mode), op, backward_op
                 )
+    except _FAILED:
+        raise
     except _REFUSED:
         pass
 
@@ -698,7 +705,8 @@ def add_act(x: Tensor, residual: Tensor, *, act: str | None = "relu") -> Tensor:
         and type(residual) is Tensor
         and act == "relu"
         and not is_compiling()
-        and (x.numel() < _SMALL_ADD or (x.numel() < _SMALL_WIDE_ADD and x.element_size() > 2 and x.is_cpu))
+        and (x.numel() < _SMALL_ADD or (x.numel() < _SMALL_WIDE_ADD and x.element_size() > 2))
+        and x.is_cpu
         and residual.layout is torch.strided
         and not registry.forced()
     ):
@@ -709,8 +717,13 @@ def add_act(x: Tensor, residual: Tensor, *, act: str | None = "relu") -> Tensor:
     if has_torch_function_variadic(x, residual):
         return handle_torch_function(add_act, (x, residual), x, residual, act=act)
     try:
-        if act == "relu" and _is_plain(x, act) and _natively(ADD_ACT):
-            return _add_act(x, residual, ADD_ACT.cpu._op, ADD_ACT_BACKWARD.cpu._op)
+        if act == "relu" and _is_plain(act):
+            native = registry.native_ops(ADD_ACT, ADD_ACT_BACKWARD, x)
+            if native is not None:
+                op, backward_op = native
+                return _add_act(x, residual, op, backward_op)
+    except _FAILED:
+        raise
     except _REFUSED:
         pass
 
@@ -752,8 +765,8 @@ def _fused_add(x: Any, residual: Any, act: str | None) -> Any:
     if x.stride() != residual.stride() or not is_dense:
         return None
     op = registry.serve(ADD_ACT, x)
-    limit = _SMALL_WIDE_ADD if x.element_size() > 2 and x.is_cpu else _SMALL_ADD
-    return op if registry.forced() or x.numel() >= limit else None
+    limit = _SMALL_WIDE_ADD if x.element_size() > 2 else _SMALL_ADD
+    return op if registry.forced() or not x.is_cpu or x.numel() >= limit else None
 
 
 def conv_bn_act(
@@ -904,10 +917,9 @@ def batch_norm_act_conv(
     check_not_inference({"x": x, "weight": weight, "bias": bias, "conv_weight": conv_weight, "conv_bias": conv_bias})
     memory_format = memory_format_of(x)
     x = x.contiguous(memory_format=memory_format)
-    device = x.device.type
-    amp = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if amp else x.dtype
-    if not amp and conv_weight.dtype != x.dtype:
+    amp = autocast_dtype(x)
+    dtype = amp or x.dtype
+    if amp is None and conv_weight.dtype != x.dtype:
         raise RuntimeError(f"conv_weight must have the dtype of x, {x.dtype}, but got {conv_weight.dtype}")
     norm = Norm(running_mean, running_var, num_batches_tracked, momentum, eps, process_group)
     config = (norm, act == "relu", convolution, dtype, memory_format, by)

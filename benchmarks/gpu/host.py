@@ -1,8 +1,12 @@
-"""What a fused call costs the host: microseconds of the calling thread until its kernels are launched."""
+"""What a fused call costs the host: microseconds of the calling thread until its kernels are launched.
+
+Of two sizes: 64 values take one launch each way, and what most layers of a network take is three.
+"""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -19,6 +23,7 @@ from ..shapes import Shape
 from .device import CudaDevice, HostDevice
 from .ops import FUSED
 
+SIZES = (TINY, (8, 64, 28, 28))
 CALLS, ROUNDS = 40, 25  # launches of one round fit the queue of the device: more would wait for it
 
 
@@ -40,22 +45,21 @@ def host_microseconds(
 
 
 def measure_host(device: HostDevice, peers: Sequence[str] = ("eager", *FUSED, "auto")) -> Iterator[dict[str, Any]]:
-    """A row per op and peer: a forward with grad, and forward and backward, of 64 values."""
-    for form in FORMS:
-        for dtype in ("float32", "bfloat16"):
-            case = Case(Shape(*form, *TINY), dtype, device=device.device)
-            expected = case.expected()
-            for peer in peers:
-                name = "eager" if peer == "eager" else "fusedres"
-                row = {"op": form[0], "residual": form[1], "shape": list(TINY), "dtype": dtype, "peer": peer}
-                try:
-                    with fusedres.use_backend(peer if peer in FUSED else "auto"):
-                        case.check(case.results(name), expected)
-                        row["forward_us"] = host_microseconds(case.call(name, "forward"), device)
-                        row["train_us"] = host_microseconds(case.call(name, "train"), device)
-                except Exception as error:  # a peer that fails is a result
-                    row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-                yield row
+    """A row per op, size and peer: a forward with grad, and forward and backward."""
+    for form, size, dtype in itertools.product(FORMS, SIZES, ("float32", "bfloat16")):
+        case = Case(Shape(*form, *size), dtype, device=device.device)
+        expected = case.expected()
+        for peer in peers:
+            name = "eager" if peer == "eager" else "fusedres"
+            row = {"op": form[0], "residual": form[1], "shape": list(size), "dtype": dtype, "peer": peer}
+            try:
+                with fusedres.use_backend(peer if peer in FUSED else "auto"):
+                    case.check(case.results(name), expected)
+                    row["forward_us"] = host_microseconds(case.call(name, "forward"), device)
+                    row["train_us"] = host_microseconds(case.call(name, "train"), device)
+            except Exception as error:  # a peer that fails is a result
+                row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            yield row
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -118,7 +118,7 @@ def _models(what: str, models: Sequence[Row], ours: str, peer: str, batch: int, 
 
 
 def _host(what: str, host: Iterable[Row], ours: str) -> Bar:
-    calls = {f"{r['op']} {r['dtype']}": r["forward_us"] for r in host if r["peer"] == ours and "forward_us" in r}
+    calls = {f"{case_name(r)} {r['dtype']}": r["forward_us"] for r in host if r["peer"] == ours and "forward_us" in r}
     if not calls:
         return Bar(what, f"<= {HOST_BAR_US:.0f} us", "not measured", None)
     slowest = max(calls, key=calls.__getitem__)

@@ -16,20 +16,38 @@
 namespace fusedres::cpu {
 namespace {
 
-template <class T, class M>
-void widen(const T* row, int64_t width, [[maybe_unused]] const typename ScalarOf<T>::type* shift, void* elements) {
+template <class T, class M, bool kNorm, bool kFull>
+FUSEDRES_INLINE void widen_vector(const WidenArgs<T>& a, const T* row, int64_t c, int n, void* elements) {
+  auto v = get<kFull>(row + c, n);
+  if constexpr (kNorm) v = activated<T>(norm_params(a.norm, c), v);
   if constexpr (M::kRows == 2) {
-    auto* to = static_cast<T*>(elements);
-    std::memcpy(to, row, width * sizeof(T));
-    if (width % 2) to[width] = T{0};
+    put<kFull, false>(static_cast<T*>(elements) + c, v, n);
   } else {
-    auto* to = static_cast<typename M::Element*>(elements);
-    for (int64_t c = 0; c < width; c += kLanes) {
-      const int n = static_cast<int>(width - c < kLanes ? width - c : kLanes);
-      const auto v = load_n(row + c, n);
-      store_n(to + c, shift ? v - load_n(shift + c, n) : v, n);
-    }
+    if constexpr (kNorm) v = rounded<T>(v);
+    if (a.shift) v = v - get<kFull>(a.shift + c, n);
+    put<kFull, false>(static_cast<typename M::Element*>(elements) + c, v, n);
   }
+}
+
+template <class T, class M, bool kNorm>
+void widen_rows(const WidenArgs<T> a) {
+  for (int64_t r = 0; r < a.count; ++r) {
+    const T* const row = a.rows[r];
+    void* const elements = static_cast<char*>(a.elements) + r * a.row_bytes;
+    if constexpr (M::kRows == 2 && !kNorm) {
+      std::memcpy(elements, row, a.width * sizeof(T));
+    } else {
+      int64_t c = 0;
+      for (; c + kLanes <= a.width; c += kLanes) widen_vector<T, M, kNorm, true>(a, row, c, kLanes, elements);
+      if (c < a.width) widen_vector<T, M, kNorm, false>(a, row, c, static_cast<int>(a.width - c), elements);
+    }
+    if (M::kRows == 2 && a.width % 2) static_cast<T*>(elements)[a.width] = T{};
+  }
+}
+
+template <class T, class M>
+void widen(const WidenArgs<T>& a) {
+  a.norm ? widen_rows<T, M, true>(a) : widen_rows<T, M, false>(a);
 }
 
 // `values` to the first `columns` elements; all of them if kFull.
@@ -108,12 +126,18 @@ FUSEDRES_INLINE void multiply_rows(const MultiplyArgs<T>& a, int64_t row, int64_
 #pragma GCC unroll 8
   for (int u = 0; u < kHeight; ++u) {
     const T* residual = a.residual ? a.residual[row + u] + c0 : nullptr;
-    uint16_t* words = a.mask ? a.mask + ((row + u) * a.columns + c0) / kLanes : nullptr;
+    const int64_t word = ((row + u) * a.columns + c0) / kLanes;
+    const uint16_t* residual_words = a.residual_mask ? a.residual_mask + word : nullptr;
+    uint16_t* words = a.mask ? a.mask + word : nullptr;
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       Vec y = sums[u][v] + load(a.shift + c0 + v * kLanes);
       const int64_t n = columns - v * kLanes;
-      if (residual) y = y + get<kFull>(residual + v * kLanes, static_cast<int>(n < kLanes ? n : kLanes));
+      if (residual) {
+        Vec x = get<kFull>(residual + v * kLanes, static_cast<int>(n < kLanes ? n : kLanes));
+        if (kFull && residual_words) x = keep(mask_from_bits(residual_words[v], x), x);
+        y = y + x;
+      }
       if (a.relu) {
         const auto m = positive<T>(y);
         y = keep(m, y);
@@ -146,6 +170,57 @@ void multiply(const MultiplyArgs<T>& a) {
   multiply_block<T, M, true, false>(a);
 }
 
+template <class T, class M, int kVectors, bool kFull, bool kStream>
+FUSEDRES_INLINE void gradient_columns(const ActivationGradientArgs<T> a, int64_t c0) {
+  using Slot = Slots<false>;
+  using Vec = typename Compute<T>::Vec;
+  const int64_t columns = a.width - c0;
+  decltype(norm_params(a.norm, c0)) params[kVectors];
+  Vec sums[kVectors][2];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    params[v] = norm_params(a.norm, c0 + v * kLanes);
+    sums[v][0] = sums[v][1] = M::zero();
+  }
+  for (int64_t r = 0; r < a.count; ++r) {
+    const int64_t i = r * a.width + c0;
+    Vec dx[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t rest = columns - v * kLanes;
+      const int n = static_cast<int>(rest < kLanes ? rest : kLanes);
+      const Vec x = get<kFull>(a.x + i + v * kLanes, n), gradient = get<kFull>(a.gradient + i + v * kLanes, n);
+      dx[v] = keep(positive<T>(normalised(params[v], x)), gradient);
+      sums[v][0] = sums[v][0] + dx[v];
+      sums[v][1] = fma(dx[v], x - params[v][Slot::mean], sums[v][1]);
+    }
+    put_vectors<kFull, kStream>(a.dx + i, dx, columns);
+  }
+  const int64_t width = (a.width + kLanes - 1) / kLanes * kLanes;
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    add_to(a.sums + c0 + v * kLanes, to_double(sums[v][0]));
+    add_to(a.sums + width + c0 + v * kLanes, to_double(sums[v][1]));
+  }
+}
+
+template <class T, class M, bool kFull, bool kStream>
+void gradient_rows(const ActivationGradientArgs<T>& a) {
+  for (int64_t c0 = 0; c0 < a.width; c0 += kPanelColumns<M>) {
+    with_vectors<M>(a.width - c0, [&]<int kVectors>(std::integral_constant<int, kVectors>) {
+      gradient_columns<T, M, kVectors, kFull, kStream>(a, c0);
+    });
+  }
+  finish_streams(kStream);
+}
+
+template <class T, class M>
+void activation_gradient(const ActivationGradientArgs<T>& a) {
+  if (a.width % kLanes) return gradient_rows<T, M, false, false>(a);
+  if (kHasStreams && a.stream) return gradient_rows<T, M, true, kHasStreams>(a);
+  gradient_rows<T, M, true, false>(a);
+}
+
 template <class T>
 void mask_of(const T* out, int64_t count, uint16_t* mask) {
   for (int64_t i = 0; i < count; i += kLanes) {
@@ -168,6 +243,7 @@ const Conv1x1Kernels<T>& conv1x1_kernels() {
       widen<T, M>,
       pack<T, M>,
       multiply<T, M>,
+      activation_gradient<T, M>,
       products<M>,
       {kPanelColumns<Moments>, Moments::kRows, sizeof(typename Moments::Element)},
       pack<T, Moments>,
@@ -196,6 +272,8 @@ template const Conv1x1Kernels<half>& conv1x1_kernels<half>();
 
 namespace fusedres::cpu {
 namespace {
+
+using Slot = Slots<false>;
 
 template <class T>
 const Conv1x1Kernels<T>& conv1x1_kernels() {
@@ -263,14 +341,43 @@ void check_shift(const char* name, const Tensor& t, int64_t size, const Tensor& 
       " elements in the dtype of sums");
 }
 
+void check_normalisation(const OptionalTensor& norm, const Pixels& pixels, const Tensor& y) {
+  if (!norm) return;
+  const ScalarType dtype = y.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(
+      norm->is_cpu() && norm->dim() == 2 && norm->size(0) == 3 && norm->size(1) == pixels.channels() &&
+          norm->is_contiguous() && norm->scalar_type() == dtype,
+      "norm must be mean, scale and shift of the channels of y, (3, C) in the dtype of sums");
+  STD_TORCH_CHECK(pixels.stride == 1, "norm goes with a stride of 1, but got ", pixels.stride);
+}
+
+// Numbers in a normalisation's table.
+int64_t norm_size(int64_t channels) { return padded(channels) * Slot::forward; }
+
+// Mean, scale and shift as the kernels take them, zero where there is no channel; null without a norm.
+template <class T>
+const typename ScalarOf<T>::type* norm_table(const OptionalTensor& norm, int64_t channels, Scratch& scratch) {
+  using S = typename ScalarOf<T>::type;
+  if (!norm) return nullptr;
+  S* const table = scratch.take<S>(norm_size(channels));
+  std::fill(table, table + norm_size(channels), S(0));
+  for (int64_t c = 0; c < channels; ++c) {
+    S* const of_channel = table + c / kLanes * Slot::forward * kLanes + c % kLanes;
+    for (int slot : {Slot::mean, Slot::scale, Slot::shift}) {
+      of_channel[slot * kLanes] = data<S>(norm)[slot * channels + c];
+    }
+  }
+  return table;
+}
+
 // ---- sums over rows ----
 
-// How many separate sums over parts of the rows there are: by the shape alone, so that the bits do not depend on the
-// number of threads, and few where the sums are large.
+// Separate sums over parts of the rows: by the shape alone, so that the bits do not depend on the number of threads.
 struct Split {
   int64_t parts, rows;  // rows of a part, whole blocks
-  Split(int64_t count, int64_t block, int64_t products) {
-    const int64_t most = std::clamp<int64_t>((int64_t{1} << 20) / std::max<int64_t>(1, products), 1, 16);
+  // At most `most` parts, and few where the sums are of many numbers.
+  Split(int64_t count, int64_t block, int64_t numbers, int64_t most = 16) {
+    most = std::clamp<int64_t>((int64_t{1} << 20) / std::max<int64_t>(1, numbers), 1, most);
     const int64_t blocks = ceil_div(count, block);
     rows = ceil_div(blocks, std::min(most, blocks)) * block;
     parts = ceil_div(count, rows);
@@ -286,7 +393,8 @@ struct Split {
 // About what the rows are summed, or null: the mean of a few of them, as a float has it, so that a large mean costs no
 // digits. 16-bit operands are never shifted, for that would round them.
 template <class T>
-const typename ScalarOf<T>::type* shift_of(const T* y, const Pixels& pixels, Scratch& scratch) {
+const typename ScalarOf<T>::type* shift_of(
+    const T* y, const Pixels& pixels, const typename ScalarOf<T>::type* norm, Scratch& scratch) {
   if constexpr (sizeof(T) >= 4) {
     const int64_t channels = pixels.channels(), count = pixels.count(), samples = std::min<int64_t>(count, 8);
     T* const shift = scratch.take<T>(channels);
@@ -294,7 +402,15 @@ const typename ScalarOf<T>::type* shift_of(const T* y, const Pixels& pixels, Scr
     for (int64_t k = 0; k < samples; ++k) {
       // apart, and not at the same place of every image
       const T* row = y + pixels.at(k * count / samples + count / samples * (k * 5 % 8) / 8);
-      for (int64_t c = 0; c < channels; ++c) shift[c] += row[c] / static_cast<T>(samples);
+      for (int64_t c = 0; c < channels; ++c) {
+        T v = row[c];
+        if (norm) {
+          const T* const of_channel = norm + c / kLanes * Slot::forward * kLanes + c % kLanes;
+          const auto at = [&](int slot) { return of_channel[slot * kLanes]; };
+          v = std::max((v - at(Slot::mean)) * at(Slot::scale) + at(Slot::shift), T(0));
+        }
+        shift[c] += v / static_cast<T>(samples);
+      }
     }
     for (int64_t c = 0; c < channels; ++c) {
       if (!std::isfinite(shift[c])) shift[c] = 0;
@@ -304,8 +420,9 @@ const typename ScalarOf<T>::type* shift_of(const T* y, const Pixels& pixels, Scr
   return nullptr;
 }
 
-std::tuple<Tensor, Tensor> conv1x1_moments_cpu(Tensor y, int64_t stride) {
+std::tuple<Tensor, Tensor> conv1x1_moments_cpu(Tensor y, OptionalTensor norm, int64_t stride) {
   const Pixels pixels("y", y, stride);
+  check_normalisation(norm, pixels, y);
   const int64_t channels = pixels.channels(), count = pixels.count(), width = padded(channels);
   Tensor mean = empty_vector(channels, ScalarType::Double, y);
   Tensor cov = empty_matrix(channels, channels, ScalarType::Double, y);
@@ -315,9 +432,10 @@ std::tuple<Tensor, Tensor> conv1x1_moments_cpu(Tensor y, int64_t stride) {
     const T* const first = data<T>(y);
     const Split split(count, kMomentsRows, channels * width);
     const int64_t part_size = (channels + 1) * width;  // products, then sums
-    Scratch& scratch = Scratch::with(sizeof(double) * (split.parts * part_size + width));
+    Scratch& scratch = Scratch::with(sizeof(double) * (split.parts * part_size + width + norm_size(channels)));
     double* const parts = scratch.take<double>(split.parts * part_size);
-    const auto* const shift = shift_of(first, pixels, scratch);
+    const auto* const table = norm_table<T>(norm, channels, scratch);
+    const auto* const shift = shift_of(first, pixels, table, scratch);
     for_each_task(split.parts, count * channels, [&](int64_t part) {
       const int64_t steps = shape.steps(kMomentsRows);
       const int64_t panels_bytes = panel_bytes(shape, channels, steps);
@@ -331,7 +449,7 @@ std::tuple<Tensor, Tensor> conv1x1_moments_cpu(Tensor y, int64_t stride) {
         const int64_t size = std::min(kMomentsRows, end - row);
         point_at<T>(first, pixels, row, size, rows);
         const int64_t used = shape.steps(size);
-        kernels.pack_moments({rows, size, channels, panels, used, 0, shift});
+        kernels.pack_moments({rows, size, channels, panels, used, 0, shift, table});
         kernels.moments({panels, channels, panels, channels, used, true, products, products + channels * width});
       }
     });
@@ -359,6 +477,7 @@ void reduce_products(
     int64_t outputs,
     const T* y,
     const Pixels& pixels,
+    const OptionalTensor& norm,
     T* kept,
     bool stream,
     double* sum_g,
@@ -368,9 +487,10 @@ void reduce_products(
   const int64_t channels = y ? pixels.channels() : 0, count = pixels.count(), width = padded(outputs);
   const Split split(count, kReduceRows, (channels + 1) * width);
   const int64_t part_size = (channels + 1) * width;
-  Scratch& scratch = Scratch::with(sizeof(double) * (split.parts * part_size + channels));
+  Scratch& scratch = Scratch::with(sizeof(double) * (split.parts * part_size + channels + norm_size(channels)));
   double* const parts = scratch.take<double>(split.parts * part_size);
-  const auto* const shift = y ? shift_of(y, pixels, scratch) : nullptr;
+  const auto* const table = norm_table<T>(norm, channels, scratch);
+  const auto* const shift = y ? shift_of(y, pixels, table, scratch) : nullptr;
   for_each_task(split.parts, count * outputs, [&](int64_t part) {
     const int64_t steps = shape.steps(kReduceRows);
     const int64_t bytes_y = panel_bytes(shape, channels, steps), bytes_g = panel_bytes(shape, outputs, steps);
@@ -403,12 +523,13 @@ void reduce_products(
            used,
            0,
            nullptr,
+           nullptr,
            block ? nullptr : words,
            kept ? kept + row * outputs : nullptr,
            stream});
       if (y) {
         point_at<T>(y, pixels, row, size, rows);
-        kernels.pack({rows, size, channels, panels_y, used, 0, shift});
+        kernels.pack({rows, size, channels, panels_y, used, 0, shift, table});
       }
       const int64_t next = std::min(row + kReduceRows, end), next_size = std::min(kReduceRows, end - next);
       kernels.products(
@@ -438,6 +559,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_bn_act_backward_reduce_cpu(
     Tensor dy,
     OptionalTensor mask,
     Tensor y,
+    OptionalTensor norm,
     int64_t stride,
     OptionalTensor y2,
     int64_t stride2,
@@ -451,6 +573,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_bn_act_backward_reduce_cpu(
       "dy, y and y2 must have one dtype");
   STD_TORCH_CHECK(
       gradient.count() == pixels.count() && pixels2.count() == pixels.count(), "dy must have the pixels of the output");
+  check_normalisation(norm, pixels, y);
   if (mask) check_mask(*mask, dy, mask_bytes(gradient.layout));
   STD_TORCH_CHECK(mask || !need_g, "without a mask g is dy");
   Tensor g = wanted_like(need_g, dy);
@@ -468,6 +591,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_bn_act_backward_reduce_cpu(
         outputs,
         need_products ? data<T>(y) : nullptr,
         pixels,
+        need_products ? norm : std::nullopt,
         need_g ? data<T>(g) : nullptr,
         streams<T>(dy.numel()) && outputs % (2 * kLanes) == 0,
         data<double>(sum_g),
@@ -480,6 +604,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_bn_act_backward_reduce_cpu(
         outputs,
         data<T>(*y2),
         pixels2,
+        std::nullopt,
         nullptr,
         false,
         nullptr,
@@ -498,7 +623,28 @@ struct Source {
   const uint16_t* mask = nullptr;
   int64_t width = 0;
   const typename ScalarOf<T>::type* shift = nullptr;  // subtracted from every row
+  const typename ScalarOf<T>::type* norm = nullptr;   // the table, if the rows are to be normalised
 };
+
+// What is made of the products of a row.
+template <class T>
+struct Epilogue {
+  const T* residual = nullptr;
+  const uint16_t* residual_mask = nullptr;
+  uint16_t* mask = nullptr;
+  bool relu = false;
+  // Or null: out becomes zero where the second source's activation is, and here are, for each part of the rows, the
+  // sums of out and of out * (x - mean), in whole vectors of columns.
+  double* sums = nullptr;
+};
+
+// Tasks of some blocks; where they have sums, not many.
+Split product_split(int64_t count, int64_t columns, bool sums) {
+  const int64_t blocks = std::max<int64_t>(1, 64 * 1024 / (kApplyRows * columns));
+  const int64_t tasks = ceil_div(ceil_div(count, kApplyRows), blocks);
+  return sums ? Split(count, kApplyRows, 2 * padded(columns), std::min<int64_t>(tasks, 256))
+              : Split(count, kApplyRows, 1, tasks);
+}
 
 // Scratch that multiply_all takes for panels of `steps` steps.
 int64_t product_bytes(const PanelShape& shape, int64_t columns, int64_t steps) {
@@ -515,9 +661,8 @@ void multiply_all(
     int64_t columns,
     T* out,
     const Pixels& target,
-    const T* residual,
-    uint16_t* mask,
-    bool relu,
+    const Split& split,
+    const Epilogue<T>& epilogue,
     Scratch& scratch) {
   using S = typename ScalarOf<T>::type;
   const auto& kernels = conv1x1_kernels<T>();
@@ -534,19 +679,25 @@ void multiply_all(
   std::fill(padded_shift + columns, padded_shift + shape.panels(columns) * shape.columns, S(0));
 
   const int64_t count = target.count();
-  const bool words = mask && relu && columns % kLanes == 0;
+  const auto [residual, residual_mask, mask, relu, sums] = epilogue;
+  const bool whole_words = columns % kLanes == 0;
+  const bool words = mask && relu && whole_words;
   const bool stream = streams<T>(count * columns) && columns % (2 * kLanes) == 0;
-  // Tasks of some blocks; the rows of a block are a multiple of kLanes, so that its mask is of whole words.
-  const int64_t task_rows = kApplyRows * std::max<int64_t>(1, 64 * 1024 / (kApplyRows * columns));
-  for_each_task(ceil_div(count, task_rows), count * columns, [&](int64_t task) {
-    int64_t bytes = 0;
+  // The rows of a block are a multiple of kLanes, so that its mask is of whole words.
+  for_each_task(split.parts, count * columns, [&](int64_t task) {
+    const int64_t block = kApplyRows * columns;
+    int64_t bytes = 2 * block * sizeof(T);
     for (int s = 0; s < 2; ++s) {
       bytes += kApplyRows * (steps[s] * shape.element_size + 64 + (sources[s].mask ? sources[s].width * sizeof(T) : 0));
     }
     Scratch& mine = Scratch::with<Scratch::Task>(bytes + 5 * kApplyRows * sizeof(void*));
     const void** const operands[] = {mine.take<const void*>(kApplyRows), mine.take<const void*>(kApplyRows)};
+    const T** const rows = mine.take<const T*>(kApplyRows);
     T** const to = mine.take<T*>(kApplyRows);
-    const T** const add = mine.take<const T*>(kApplyRows);
+    T* const masked_residual = residual_mask && !whole_words ? mine.take<T>(block) : nullptr;
+    T* const gradient = sums ? mine.take<T>(block) : nullptr;
+    double* const task_sums = sums ? sums + task * 2 * padded(columns) : nullptr;
+    if (sums) std::fill(task_sums, task_sums + 2 * padded(columns), 0.0);
     T* masked[2];
     char* widened[2];
     const int64_t row_bytes[] = {
@@ -555,8 +706,8 @@ void multiply_all(
       masked[s] = sources[s].mask ? mine.take<T>(kApplyRows * sources[s].width) : nullptr;
       widened[s] = mine.take<char>(kApplyRows * row_bytes[s]);
     }
-    const int64_t end = std::min((task + 1) * task_rows, count);
-    for (int64_t row = task * task_rows; row < end; row += kApplyRows) {
+    const int64_t end = std::min((task + 1) * split.rows, count);
+    for (int64_t row = task * split.rows; row < end; row += kApplyRows) {
       const int64_t size = std::min(kApplyRows, end - row);
       for (int s = 0; s < 2; ++s) {
         const Source<T>& source = sources[s];
@@ -566,18 +717,24 @@ void multiply_all(
           add_act_kernels<T>().mask_gradient(
               {source.data + begin, source.mask + begin / kLanes, masked[s], false}, 0, size * source.width);
         }
+        const bool widens = !kernels.direct || source.width % shape.rows || source.shift || source.norm;
         for (int64_t r = 0; r < size; ++r) {
-          const T* from = source.mask ? masked[s] + r * source.width : source.data + source.pixels->at(row + r);
-          operands[s][r] = from;
-          if (!kernels.direct || source.width % shape.rows || source.shift) {
-            operands[s][r] = widened[s] + r * row_bytes[s];
-            kernels.widen(from, source.width, source.shift, widened[s] + r * row_bytes[s]);
-          }
+          rows[r] = source.mask ? masked[s] + r * source.width : source.data + source.pixels->at(row + r);
+          operands[s][r] = widens ? widened[s] + r * row_bytes[s] : static_cast<const void*>(rows[r]);
+        }
+        if (widens) {
+          kernels.widen({rows, size, source.width, widened[s], row_bytes[s], source.shift, source.norm});
         }
       }
+      const T* add = residual ? residual + row * columns : nullptr;
+      const uint16_t* const add_words = residual_mask ? residual_mask + row * columns / kLanes : nullptr;
+      if (masked_residual) {
+        add_act_kernels<T>().mask_gradient({add, add_words, masked_residual, false}, 0, size * columns);
+        add = masked_residual;
+      }
       for (int64_t r = 0; r < size; ++r) {
-        to[r] = out + target.at(row + r);
-        if (residual) add[r] = residual + (row + r) * columns;
+        to[r] = sums ? gradient + r * columns : out + target.at(row + r);
+        if (add) rows[r] = add + r * columns;
       }
       kernels.multiply(
           {size,
@@ -588,11 +745,17 @@ void multiply_all(
            steps[1],
            panels,
            padded_shift,
-           residual ? add : nullptr,
+           add ? rows : nullptr,
+           masked_residual ? nullptr : add_words,
            to,
            words ? mask + row * columns / kLanes : nullptr,
            relu,
-           stream});
+           stream && !sums});
+      if (sums) {
+        const int64_t begin = row * columns;
+        kernels.activation_gradient(
+            {size, columns, gradient, sources[1].data + begin, sources[1].norm, out + begin, task_sums, stream});
+      }
       if (mask && !words) kernels.mask_of(out + row * columns, size * columns, mask + row * columns / kLanes);
     }
   });
@@ -600,6 +763,7 @@ void multiply_all(
 
 std::tuple<Tensor, Tensor> conv1x1_bn_act_apply_cpu(
     Tensor y,
+    OptionalTensor norm,
     Tensor folded,
     Tensor shift,
     int64_t stride,
@@ -607,9 +771,11 @@ std::tuple<Tensor, Tensor> conv1x1_bn_act_apply_cpu(
     OptionalTensor folded2,
     int64_t stride2,
     OptionalTensor residual,
+    OptionalTensor residual_mask,
     bool relu,
     bool save_mask) {
   const Pixels pixels("y", y, stride);
+  check_normalisation(norm, pixels, y);
   const Pixels pixels2("y2", y2 ? *y2 : y, y2 ? stride2 : stride);
   const ScalarType dtype = y.scalar_type();
   const int64_t columns = folded.size(0), channels = pixels.channels(), channels2 = pixels2.channels();
@@ -627,6 +793,8 @@ std::tuple<Tensor, Tensor> conv1x1_bn_act_apply_cpu(
   const int64_t sizes[] = {layout.batch, columns, layout.height, layout.width};
   Tensor out = empty_strided(sizes, layout.strides().data(), 4, dtype, y);
   if (residual) check_same_layout("residual", *residual, out);
+  STD_TORCH_CHECK(residual || !residual_mask, "residual_mask goes with residual");
+  if (residual_mask) check_mask(*residual_mask, out, mask_bytes(layout));
   Tensor mask = empty_vector(save_mask ? mask_bytes(layout) : 0, ScalarType::Byte, y);
   const Pixels target("out", out, 1);
   dispatch(dtype, [&]<class T>(T*) {
@@ -634,7 +802,7 @@ std::tuple<Tensor, Tensor> conv1x1_bn_act_apply_cpu(
     const int64_t inner[] = {channels, y2 ? channels2 : 0};
     Scratch& scratch = Scratch::with(
         product_bytes(shape, columns, shape.steps(inner[0]) + shape.steps(inner[1])) +
-        (inner[0] + inner[1]) * (columns * sizeof(T) + sizeof(T*)));
+        norm_size(channels) * sizeof(double) + (inner[0] + inner[1]) * (columns * sizeof(T) + sizeof(T*)));
     const T** rows[2];
     const T* const matrices[] = {data<T>(folded), data<T>(folded2)};
     for (int s = 0; s < 2; ++s) {
@@ -646,8 +814,8 @@ std::tuple<Tensor, Tensor> conv1x1_bn_act_apply_cpu(
       }
     }
     const Source<T> sources[2] = {
-        {data<T>(y), &pixels, nullptr, channels, nullptr},
-        {data<T>(y2), &pixels2, nullptr, y2 ? channels2 : 0, nullptr}};
+        {data<T>(y), &pixels, nullptr, channels, nullptr, norm_table<T>(norm, channels, scratch)},
+        {data<T>(y2), &pixels2, nullptr, y2 ? channels2 : 0}};
     using S = typename ScalarOf<T>::type;
     multiply_all<T>(
         sources,
@@ -657,21 +825,22 @@ std::tuple<Tensor, Tensor> conv1x1_bn_act_apply_cpu(
         columns,
         data<T>(out),
         target,
-        data<T>(residual),
-        save_mask ? data<uint16_t>(mask) : nullptr,
-        relu,
+        product_split(target.count(), columns, false),
+        {data<T>(residual), data<uint16_t>(residual_mask), save_mask ? data<uint16_t>(mask) : nullptr, relu},
         scratch);
   });
   return {out, mask};
 }
 
-// dy folded + y mixing + offset at the pixels of y that the convolution took, zero elsewhere.
-Tensor input_gradient(
+// dy folded + y mixing + offset at the pixels of y that the convolution took, zero elsewhere; its sums where y is
+// normalised.
+std::tuple<Tensor, Tensor> input_gradient(
     const Tensor& dy,
     const OptionalTensor& mask,
     const Pixels& gradient,
     const Tensor& y,
     const Pixels& pixels,
+    const OptionalTensor& norm,
     const Tensor& folded,
     const Tensor& mixing,
     const Tensor& offset) {
@@ -685,19 +854,24 @@ Tensor input_gradient(
   check_matrix("mixing", mixing, channels, channels, y.scalar_type());
   check_shift("offset", offset, channels, y);
   Tensor dx = uninitialized_like(y);
+  Tensor sums = norm ? empty_matrix(2, channels, ScalarType::Double, y) : empty_vector(0, ScalarType::Double, y);
   dispatch(y.scalar_type(), [&]<class T>(T*) {
     if (pixels.stride > 1) std::memset(dx.data_ptr(), 0, dx.numel() * sizeof(T));
     const PanelShape& shape = conv1x1_kernels<T>().shape;
+    const Split split = product_split(pixels.count(), channels, norm.has_value());
+    const int64_t part_size = norm ? 2 * padded(channels) : 0;
     Scratch& scratch = Scratch::with(
         product_bytes(shape, channels, shape.steps(outputs) + shape.steps(channels)) +
-        (outputs + channels) * sizeof(T*) + 2 * channels * sizeof(double));
+        (outputs + channels) * sizeof(T*) +
+        (2 * channels + norm_size(channels) + split.parts * part_size) * sizeof(double));
     using S = typename ScalarOf<T>::type;
     const T** const rows = scratch.take<const T*>(outputs);
     const T** const rows2 = scratch.take<const T*>(channels);
     for (int64_t k = 0; k < outputs; ++k) rows[k] = data<T>(folded) + k * channels;
     for (int64_t c = 0; c < channels; ++c) rows2[c] = data<T>(mixing) + c * channels;
     // y mixing and offset nearly cancel where the mean is large: y mixing = (y - shift) mixing + shift mixing
-    const S* const shift = shift_of(data<T>(y), pixels, scratch);
+    const S* const table = norm_table<T>(norm, channels, scratch);
+    const S* const shift = shift_of(data<T>(y), pixels, table, scratch);
     S* const rest = scratch.take<S>(channels);
     for (int64_t j = 0; j < channels; ++j) {
       double sum = data<S>(offset)[j];
@@ -708,16 +882,24 @@ Tensor input_gradient(
     }
     const Source<T> sources[2] = {
         {data<T>(dy), &gradient, data<uint16_t>(mask), outputs, nullptr},
-        {data<T>(y), &pixels, nullptr, channels, shift}};
-    multiply_all<T>(sources, rows, rows2, rest, channels, data<T>(dx), pixels, nullptr, nullptr, false, scratch);
+        {data<T>(y), &pixels, nullptr, channels, shift, table}};
+    Epilogue<T> epilogue;
+    if (norm) epilogue.sums = scratch.take<double>(split.parts * part_size);
+    multiply_all<T>(sources, rows, rows2, rest, channels, data<T>(dx), pixels, split, epilogue, scratch);
+    if (!norm) return;
+    split.add_parts(epilogue.sums, part_size);
+    for (int64_t i = 0; i < 2; ++i) {
+      std::copy_n(epilogue.sums + i * padded(channels), channels, data<double>(sums) + i * channels);
+    }
   });
-  return dx;
+  return {dx, sums};
 }
 
-std::tuple<Tensor, Tensor> conv1x1_bn_act_backward_apply_cpu(
+std::tuple<Tensor, Tensor, Tensor> conv1x1_bn_act_backward_apply_cpu(
     Tensor dy,
     OptionalTensor mask,
     Tensor y,
+    OptionalTensor norm,
     Tensor folded,
     Tensor mixing,
     Tensor offset,
@@ -730,14 +912,17 @@ std::tuple<Tensor, Tensor> conv1x1_bn_act_backward_apply_cpu(
     bool need_dx,
     bool need_dx2) {
   const Pixels pixels("y", y, stride), gradient("dy", dy, 1);
+  check_normalisation(norm, pixels, y);
   if (mask) check_mask(*mask, dy, mask_bytes(gradient.layout));
   STD_TORCH_CHECK(!need_dx2 || (y2 && folded2 && mixing2 && offset2), "dx2 takes y2, folded2, mixing2 and offset2");
   Tensor dx = empty_vector(0, y.scalar_type(), y), dx2 = empty_vector(0, y.scalar_type(), y);
-  if (need_dx) dx = input_gradient(dy, mask, gradient, y, pixels, folded, mixing, offset);
+  Tensor sums = empty_vector(0, ScalarType::Double, y);
+  if (need_dx) std::tie(dx, sums) = input_gradient(dy, mask, gradient, y, pixels, norm, folded, mixing, offset);
   if (need_dx2) {
-    dx2 = input_gradient(dy, mask, gradient, *y2, Pixels("y2", *y2, stride2), *folded2, *mixing2, *offset2);
+    const Pixels pixels2("y2", *y2, stride2);
+    dx2 = std::get<0>(input_gradient(dy, mask, gradient, *y2, pixels2, std::nullopt, *folded2, *mixing2, *offset2));
   }
-  return {dx, dx2};
+  return {dx, dx2, sums};
 }
 
 }  // namespace

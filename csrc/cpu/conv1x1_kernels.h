@@ -34,11 +34,25 @@ struct PackArgs {
   int64_t panel_steps;       // steps that a panel has in all
   int64_t first_step;        // where these rows begin
   const S* shift = nullptr;  // (width) or null: subtracted; never of 16-bit rows, for that would round them
+  const S* norm = nullptr;   // or null: what is packed is relu(norm(row)); a table of Slots<false>::forward vectors
   // Or null: only what the mask keeps is packed and, past the caches if `stream`, written to g. The mask and g are
   // those of the first row, rows are adjacent, and width is a multiple of kLanes.
   const uint16_t* mask = nullptr;
   T* g = nullptr;
   bool stream = false;
+};
+
+// Rows to rows of elements, padded to whole steps; shift and norm as of PackArgs.
+template <class T>
+struct WidenArgs {
+  using S = typename ScalarOf<T>::type;
+  const T* const* rows;
+  int64_t count;
+  int64_t width;
+  void* elements;
+  int64_t row_bytes;  // from one row of elements to the next
+  const S* shift;
+  const S* norm;
 };
 
 // out = relu(a1 b1 + a2 b2 + shift + residual) of `count` rows, at most kApplyRows.
@@ -53,9 +67,24 @@ struct MultiplyArgs {
   const void* panels;
   const S* shift;            // padded to whole vectors
   const T* const* residual;  // per row, or null
-  T* const* out;             // per row
-  uint16_t* mask;            // of the first row, or null; only where columns % kLanes == 0
+  // Of the first row, or null; only where columns % kLanes == 0. The residual counts where its bit is set.
+  const uint16_t* residual_mask;
+  T* const* out;   // per row
+  uint16_t* mask;  // like residual_mask
   bool relu;
+  bool stream;
+};
+
+// dx = gradient where relu(norm(x)) > 0, else 0, of `count` adjacent rows, at most kApplyRows; adds to sums
+// (2, whole vectors of columns) those of dx and of dx * (x - mean).
+template <class T>
+struct ActivationGradientArgs {
+  int64_t count, width;
+  const T* gradient;
+  const T* x;
+  const typename ScalarOf<T>::type* norm;  // as of PackArgs
+  T* dx;
+  double* sums;
   bool stream;
 };
 
@@ -77,10 +106,10 @@ template <class T>
 struct Conv1x1Kernels {
   PanelShape shape;  // of all but moments
   bool direct;       // rows of an even number of T can be read as elements, without packing
-  // Rows to rows of elements, padded to whole steps; less the shift if there is one.
-  void (*widen)(const T* row, int64_t width, const typename ScalarOf<T>::type* shift, void* elements);
+  void (*widen)(const WidenArgs<T>&);
   void (*pack)(const PackArgs<T>&);
   void (*multiply)(const MultiplyArgs<T>&);
+  void (*activation_gradient)(const ActivationGradientArgs<T>&);
   void (*products)(const ProductsArgs&);
   PanelShape moments_shape;  // float is squared in double: the variances are differences of these sums
   void (*pack_moments)(const PackArgs<T>&);

@@ -127,35 +127,57 @@ FUSEDRES_INLINE void with_vectors(int64_t columns, const F& f) {
 
 // ---- packing ----
 
-// n values of row r from column c on, of which only those that the mask keeps; see PackArgs.
-template <bool kMasked, class T>
+// Before the ReLU, of columns with the parameters p: in batch_norm_act's words, and so with its bits.
+template <class P, class V>
+FUSEDRES_INLINE V normalised(const P& p, V x) {
+  using Slot = Slots<false>;
+  return fma(x - p[Slot::mean], p[Slot::scale], p[Slot::shift]);
+}
+
+// The activation, before it is rounded to T.
+template <class T, class P, class V>
+FUSEDRES_INLINE V activated(const P& p, V x) {
+  const V v = normalised(p, x);
+  return keep(positive<T>(v), v);
+}
+
+template <class S>
+FUSEDRES_INLINE auto norm_params(const S* table, int64_t c) {
+  return column_params<Slots<false>::forward>(table, c);
+}
+
+enum class Packing { plain, masked, normalised };
+
+// n values of row r from column c on: what the mask keeps of them, or their activation; see PackArgs.
+template <Packing kPacking, class T>
 FUSEDRES_INLINE auto pack_load(const PackArgs<T>& a, int64_t r, int64_t c, int n) {
   auto v = n == kLanes ? load(a.rows[r] + c) : load_n(a.rows[r] + c, n);
-  if constexpr (kMasked) {
+  if constexpr (kPacking == Packing::normalised) v = rounded<T>(activated<T>(norm_params(a.norm, c), v));
+  if constexpr (kPacking == Packing::masked) {
     v = keep(mask_from_bits(a.mask[(r * a.width + c) / kLanes], v), v);
     if (a.g) a.stream ? stream(a.g + r * a.width + c, v) : store(a.g + r * a.width + c, v);
   }
   return v;
 }
 
-template <bool kMasked, class T>
+template <Packing kPacking, class T>
 FUSEDRES_INLINE void pack_vector(float* to, const PackArgs<T>& a, int64_t r, int64_t c, int n) {
-  const auto v = pack_load<kMasked>(a, r, c, n);
+  const auto v = pack_load<kPacking>(a, r, c, n);
   store(to, a.shift ? v - load_n(a.shift + c, n) : v);
 }
 
-template <bool kMasked, class T>
+template <Packing kPacking, class T>
 FUSEDRES_INLINE void pack_vector(double* to, const PackArgs<T>& a, int64_t r, int64_t c, int n) {
-  const F64 v = to_double(pack_load<kMasked>(a, r, c, n));
+  const F64 v = to_double(pack_load<kPacking>(a, r, c, n));
   store(to, a.shift ? v - to_double(load_n(a.shift + c, n)) : v);
 }
 
 #if defined(FUSEDRES_VEC_AVX512)
-template <bool kMasked>
+template <Packing kPacking>
 FUSEDRES_INLINE __m512i pack_load_pair(const PackArgs<bf16>& a, int64_t r, int64_t c, int n) {
   if (r >= a.count) return _mm512_setzero_si512();
   __m256i v = _mm256_maskz_loadu_epi16(first(n), a.rows[r] + c);
-  if constexpr (kMasked) {
+  if constexpr (kPacking == Packing::masked) {
     v = _mm256_maskz_mov_epi16(a.mask[(r * a.width + c) / kLanes], v);
     if (a.g) _mm256_storeu_si256(reinterpret_cast<__m256i*>(a.g + r * a.width + c), v);
   }
@@ -163,11 +185,11 @@ FUSEDRES_INLINE __m512i pack_load_pair(const PackArgs<bf16>& a, int64_t r, int64
 }
 
 // The same of 2 * kLanes columns, which fill a cache line.
-template <bool kMasked>
+template <Packing kPacking>
 FUSEDRES_INLINE __m512i pack_load_line(const PackArgs<bf16>& a, int64_t r, int64_t c) {
   if (r >= a.count) return _mm512_setzero_si512();
   __m512i v = _mm512_loadu_si512(a.rows[r] + c);
-  if constexpr (kMasked) {
+  if constexpr (kPacking == Packing::masked) {
     uint32_t bits;
     std::memcpy(&bits, a.mask + (r * a.width + c) / kLanes, sizeof bits);
     asm("" : "+v"(v));  // see keep()
@@ -179,9 +201,9 @@ FUSEDRES_INLINE __m512i pack_load_line(const PackArgs<bf16>& a, int64_t r, int64
   }
   return v;
 }
-template <bool kMasked>
+template <Packing kPacking>
 FUSEDRES_INLINE void pack_line(uint32_t* to, const PackArgs<bf16>& a, int64_t r, int64_t c) {
-  const __m512i low = pack_load_line<kMasked>(a, r, c), high = pack_load_line<kMasked>(a, r + 1, c);
+  const __m512i low = pack_load_line<kPacking>(a, r, c), high = pack_load_line<kPacking>(a, r + 1, c);
   const auto interleave = [](__m256i x, __m256i y) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(x), _mm512_slli_epi32(_mm512_cvtepu16_epi32(y), 16));
   };
@@ -189,33 +211,51 @@ FUSEDRES_INLINE void pack_line(uint32_t* to, const PackArgs<bf16>& a, int64_t r,
   _mm512_storeu_si512(to + kLanes, interleave(_mm512_extracti64x4_epi64(low, 1), _mm512_extracti64x4_epi64(high, 1)));
 }
 
-template <bool kMasked>
+// Elements of two rows.
+FUSEDRES_INLINE __m512i interleave(F32 row, F32 next) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i order =
+      _mm512_add_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(0x10001)), _mm512_set1_epi32(kLanes << 16));
+  return _mm512_permutexvar_epi16(order, narrow(static_cast<const bf16*>(nullptr), row, next));
+}
+
+template <Packing kPacking>
 FUSEDRES_INLINE void pack_vector(uint32_t* to, const PackArgs<bf16>& a, int64_t r, int64_t c, int n) {
-  const __m512i low = pack_load_pair<kMasked>(a, r, c, n), high = pack_load_pair<kMasked>(a, r + 1, c, n);
-  _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  if constexpr (kPacking == Packing::normalised) {
+    const auto p = norm_params(a.norm, c);
+    const auto of_row = [&](int64_t row) {
+      if (row >= a.count) return broadcast(0.0f);
+      return activated<bf16>(p, n == kLanes ? load(a.rows[row] + c) : load_n(a.rows[row] + c, n));
+    };
+    _mm512_storeu_si512(to, interleave(of_row(r), of_row(r + 1)));
+  } else {
+    const __m512i low = pack_load_pair<kPacking>(a, r, c, n), high = pack_load_pair<kPacking>(a, r + 1, c, n);
+    _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
 }
 #endif
 
-template <class T, class M, bool kMasked>
+template <class T, class M, Packing kPacking>
 FUSEDRES_INLINE void pack_rows(const PackArgs<T>& a) {
   using Element = typename M::Element;
   constexpr int64_t kColumns = kPanelColumns<M>;
+  constexpr Packing kOfParts = kPacking == Packing::masked ? Packing::plain : kPacking;  // width is of whole vectors
   const int64_t end = (a.width + kColumns - 1) / kColumns * kColumns;
   Element* row = static_cast<Element*>(a.panels) + a.first_step * kColumns;
   for (int64_t r = 0; r < a.count; r += M::kRows, row += kColumns) {
     int64_t c = 0;
     const auto at = [&] { return row + c / kColumns * a.panel_steps * kColumns + c % kColumns; };
 #if defined(FUSEDRES_VEC_AVX512)
-    if constexpr (std::is_same_v<M, Pairs>) {
-      for (; c + 2 * kLanes <= a.width; c += 2 * kLanes) pack_line<kMasked>(at(), a, r, c);
+    if constexpr (std::is_same_v<M, Pairs> && kPacking != Packing::normalised) {
+      for (; c + 2 * kLanes <= a.width; c += 2 * kLanes) pack_line<kPacking>(at(), a, r, c);
     }
 #endif
     for (; c < end; c += kLanes) {
       Element* const to = at();
       if (c + kLanes <= a.width) {
-        pack_vector<kMasked>(to, a, r, c, kLanes);
+        pack_vector<kPacking>(to, a, r, c, kLanes);
       } else if (c < a.width) {
-        pack_vector<false>(to, a, r, c, static_cast<int>(a.width - c));
+        pack_vector<kOfParts>(to, a, r, c, static_cast<int>(a.width - c));
       } else {
         std::memset(to, 0, kLanes * sizeof(Element));
       }
@@ -225,8 +265,9 @@ FUSEDRES_INLINE void pack_rows(const PackArgs<T>& a) {
 
 template <class T, class M>
 void pack(const PackArgs<T>& a) {
-  if (!a.mask) return pack_rows<T, M, false>(a);
-  pack_rows<T, M, true>(a);
+  if (a.norm) return pack_rows<T, M, Packing::normalised>(a);
+  if (!a.mask) return pack_rows<T, M, Packing::plain>(a);
+  pack_rows<T, M, Packing::masked>(a);
   finish_streams(a.stream);
 }
 

@@ -422,6 +422,26 @@ FUSEDRES_INLINE typename Compute<T>::Mask positive(typename Compute<T>::Vec a) {
   return not_below_or_equal(a, broadcast(static_cast<typename Compute<T>::Scalar>(zero_below<T>)));
 }
 
+// As T has it.
+template <class T, class V>
+FUSEDRES_INLINE V rounded(V a) {
+  if constexpr (sizeof(T) == sizeof(typename Compute<T>::Scalar)) {
+    return a;
+  } else {
+    [[maybe_unused]] const T* const as = nullptr;
+#if defined(FUSEDRES_VEC_AVX512)
+    return widen(as, narrow(as, a));
+#elif defined(FUSEDRES_VEC_AVX2)
+    const __m256i u = narrow(as, a);
+    return {widen_half(as, _mm256_castsi256_si128(u)), widen_half(as, _mm256_extracti128_si256(u, 1))};
+#else
+    T lanes[kLanes];
+    store(lanes, a);
+    return load(lanes);
+#endif
+  }
+}
+
 // All ones in the first n lanes.
 template <class V>
 FUSEDRES_INLINE auto first_lanes(int n, V v) {

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..nn.blocks import BasicBlock, Bottleneck, conv1x1
 from ..nn.init import zero_init_residual as zero_init_residual_
-from ..nn.norm import norm_act_max_pool
+from ..nn.norm import conv_norm_act_max_pool
+from ..ops.folding import folding_asked
 
 
 class ResNet(nn.Module):
@@ -28,13 +29,16 @@ class ResNet(nn.Module):
         groups, width_per_group: of the 3x3 convolutions; ``Bottleneck`` only.
         replace_stride_with_dilation: for stages 2 to 4, whether to dilate instead of striding; ``Bottleneck`` only.
         norm_layer: makes a norm from a number of channels; ``nn.BatchNorm2d`` by default.
-        in_channels: of the images; not an argument of torchvision's.
+        in_channels: of the images.
+        folding, recompute: of every block, see :class:`~fusedres.Bottleneck`; ``recompute`` also of the stem, whose
+            first convolution then runs again in backward. These three are not arguments of torchvision's.
 
     Shape:
         ``(N, in_channels, H, W)`` to ``(N, num_classes)``.
 
     Raises:
-        ValueError: ``replace_stride_with_dilation`` does not have three elements, or as ``block``.
+        ValueError: ``replace_stride_with_dilation`` does not have three elements, ``folding`` is unknown, or as
+            ``block``.
         NotImplementedError: as ``block``.
     """
 
@@ -50,8 +54,11 @@ class ResNet(nn.Module):
         norm_layer: Callable[..., nn.Module] | None = None,
         *,
         in_channels: int = 3,
+        folding: str = "auto",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
+        folding_asked(folding)
         if norm_layer is None:
             norm_layer = nn.BatchNorm2d
         if replace_stride_with_dilation is None:
@@ -80,6 +87,9 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(module, (BasicBlock, Bottleneck)):
+                module.folding, module.recompute = folding, recompute
+        self.recompute = recompute
         if zero_init_residual:
             zero_init_residual_(self)
 
@@ -102,7 +112,7 @@ class ResNet(nn.Module):
         return nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = norm_act_max_pool(self.bn1, self.conv1(x), self.maxpool, self.relu)
+        x = conv_norm_act_max_pool(self.conv1, self.bn1, x, self.maxpool, self.relu, self.recompute)
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)

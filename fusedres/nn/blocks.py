@@ -22,7 +22,6 @@ from .norm import (
     may_fold,
     norm_act,
     norm_act_conv,
-    norm_add_norm_act,
     norm_add_shortcut_act,
     recomputes,
 )
@@ -189,11 +188,10 @@ class Bottleneck(nn.Module):
                 return out
         last = (self.conv3, self.bn3)
         y = norm_act_conv(self.bn1, self.conv1(x), self.relu, self.conv2, recompute)
-        branches = (*last, y) if projection is None else (*last, y, *projection, x)
-        if recompute and not folds(*branches, act=self.relu, folding=folding, decision=decision):
+        if recompute and not folds(*last, y, self.relu, folding, decision):
             y = norm_act_conv(self.bn2, y, self.relu, self.conv3, recompute)
             if projection is not None:
-                return norm_add_norm_act(self.bn3, y, projection[1], projection[0](x), self.relu)
+                return norm_add_shortcut_act(self.bn3, y, *projection, x, self.relu, folding, decision)
             return norm_act(self.bn3, y, x if self.downsample is None else self.downsample(x), self.relu)
         y = norm_act(self.bn2, y, act=self.relu)
         if projection is not None:

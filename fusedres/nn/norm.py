@@ -14,8 +14,9 @@ from .. import functional as fused
 from ..ops.batch_norm_act_conv import Convolution
 from ..ops.checks import check_act
 from ..ops.folded_bottleneck import Part, folded_bottleneck
-from ..ops.folded_call import Conv1x1, folding_ops_for
+from ..ops.folded_call import Conv1x1, folding_ops_for, may_gain
 from ..ops.folding import FoldingDecision, folding_asked
+from ..ops.tracing import is_traced
 
 
 def _tensors(norm: nn.BatchNorm2d, traced: bool) -> tuple[Tensor | None, ...]:
@@ -269,25 +270,13 @@ def recomputes(owner: nn.Module) -> bool:
 
 
 def folds(
-    conv: nn.Module,
-    norm: nn.Module,
-    y: Tensor,
-    conv2: nn.Module | None = None,
-    norm2: nn.Module | None = None,
-    y2: Tensor | None = None,
-    *,
-    act: nn.Module | None,
-    folding: str,
-    decision: FoldingDecision,
+    conv: nn.Module, norm: nn.Module, y: Tensor, act: nn.Module | None, folding: str, decision: FoldingDecision
 ) -> bool:
-    """Whether :func:`conv_norm_act`, or the function of a pair, would fold a call with tensors like ``y``."""
-    if not may_fold(conv, norm, y, act, folding) or (conv2 is not None and not _is_foldable(conv2, norm2, y2, False)):
+    """Whether :func:`conv_norm_act` would fold a call with a tensor like ``y``."""
+    if not may_fold(conv, norm, y, act, folding):
         return False
-    convolutions = [Conv1x1(y, conv.weight, conv.stride)]
-    if conv2 is not None:
-        convolutions.append(Conv1x1(y2, conv2.weight, conv2.stride))
-    fits = all(c.fits for c in convolutions)
-    return folding_ops_for(folding_asked(folding), tuple(convolutions), True, fits, decision) is not None
+    convolution = Conv1x1(y, conv.weight, conv.stride)
+    return folding_ops_for(folding_asked(folding), (convolution,), True, convolution.fits, decision) is not None
 
 
 def folding_decision(owner: nn.Module) -> FoldingDecision:
@@ -404,14 +393,19 @@ def bottleneck(
     Args:
         pairs: conv1, conv2, conv3 and, of a projection, the shortcut's convolution, each with its norm.
     """
-    if folding == "never" or not _may_fuse(x) or not is_plain_relu(act):
+    asked, (last, _) = folding_asked(folding), pairs[2]
+    if asked == "never" or type(last) is not nn.Conv2d or not is_plain_relu(act):
         return None
-    for (conv, norm), relu_follows in zip(pairs, (True, True, False, False), strict=False):
-        if not norm.training or not is_fusable(norm, relu_follows) or conv.bias is not None:
-            return None
+    if not isinstance(x, Tensor) or not _may_fuse(x):
+        return None
+    if not may_gain(asked, x, [last.in_channels], last.out_channels):
+        return None
     convolutions = [_convolution(conv) for conv, _ in pairs]
-    if None in convolutions:
+    if None in convolutions or any(conv.bias is not None for conv, _ in pairs):
         return None
+    for (_, norm), relu_follows in zip(pairs, (True, True, False, False), strict=False):
+        if not norm.training or not is_fusable(norm, relu_follows):
+            return None
     first, second, third, *shortcut = convolutions
     plain = Convolution((1, 1), (0, 0), (1, 1), 1)
     stride, columns = shortcut[0].stride if shortcut else (1, 1)
@@ -420,7 +414,31 @@ def bottleneck(
     if shortcut and shortcut[0]._replace(stride=(1, 1)) != plain:
         return None
     parts = [_part(conv, norm) for conv, norm in pairs]
-    return folded_bottleneck(x, parts, second, stride, folding, recompute, decision)
+    return folded_bottleneck(x, parts, second, stride, asked, recompute, decision)
+
+
+def conv_norm_act_max_pool(
+    conv: nn.Module, norm: nn.Module, x: Tensor, pool: nn.Module, act: nn.Module | None = None, recompute: bool = False
+) -> Tensor:
+    """``pool(act(norm(conv(x))))``, a stem; with ``recompute`` backward computes the convolution's output again."""
+    y = conv(x)
+    convolution = _convolution(conv) if recompute and _may_fuse(x) else None
+    if convolution is None or torch.compiler.is_compiling() or is_traced() or not y.requires_grad:
+        return norm_act_max_pool(norm, y, pool, act)
+    dtype, address, shape = y.dtype, y.data_ptr(), y.shape
+    operands = [t if t is None else t.detach() for t in (x, conv.weight, conv.bias)]
+
+    def pack(t: Tensor) -> Tensor | None:
+        return None if t.data_ptr() == address and t.shape == shape else t
+
+    def unpack(packed: Tensor | None) -> Tensor:
+        if packed is not None:
+            return packed
+        with torch.no_grad():
+            return convolution(*(t if t is None else t.to(dtype) for t in operands))
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return norm_act_max_pool(norm, y, pool, act)
 
 
 def norm_act_max_pool(norm: nn.Module, x: Tensor, pool: nn.Module, act: nn.Module | None = None) -> Tensor:

@@ -22,7 +22,7 @@ from ..ops.batch_norm_sync import (
     sync_batch_norm_act,
 )
 from ..ops.checks import check_act, check_addend, check_batch_norm, check_conv1x1, check_not_inference
-from ..ops.folded_call import Conv1x1, can_move, checked_moments, folding_ops_for
+from ..ops.folded_call import Conv1x1, can_move, checked_moments, folding_ops_for, may_gain
 from ..ops.folding import FoldingDecision, folding_asked
 from ..ops.tracing import is_traced
 from .norm import BatchNormAct2d, register_synchronised
@@ -136,7 +136,8 @@ def _conv1x1_across_processes(
     check_conv1x1(y, conv_weight)
     convolution = Conv1x1(y, conv_weight, stride)
     visible = not torch.compiler.is_compiling() and not is_traced() and not has_torch_function((y, conv_weight))
-    if not visible or not convolution.may_gain(asked, decision):
+    refused = decision is not None and decision.refuses(y)
+    if not visible or refused or not may_gain(asked, y, [y.size(1)], conv_weight.size(0)):
         return _across_processes(F.conv2d(y, conv_weight, None, stride), *statistics, residual, **norm)
 
     check_act(act)

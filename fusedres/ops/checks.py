@@ -1,7 +1,7 @@
 """Argument checks: the error eager PyTorch would raise, naming the argument, what it got and what was wanted.
 
 They run before anything is written. On the hot path the C++ ops make the same checks tersely; the functions here then
-run only to find the words (see ``functional._natively``).
+run only to find the words (see ``registry.native_ops``).
 """
 
 from __future__ import annotations

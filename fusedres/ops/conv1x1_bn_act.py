@@ -49,7 +49,7 @@ from .batch_norm_sync import differentiable_backward
 from .folding import Conditioning
 from .layout import mask_bytes, pack_mask, unpack_mask
 from .registry import define, serve
-from .traffic import Launch, Sizes, Traffic
+from .traffic import COUNTER, Launch, Sizes, Traffic
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------
 
@@ -607,6 +607,78 @@ CONV1X1_BN_UPDATE_RUNNING = define(
     lambda *args: None,
     triton=_triton_conv1x1_bn_update_running,
 )
+
+
+# ---- traffic of the small matrices -----------------------------------------------------------------------------------
+
+
+class _MatrixSizes:
+    """Bytes of what the small matrices of one convolution are made of; ``shape`` is (K, C)."""
+
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype, weight_dtype: torch.dtype, param_dtype: torch.dtype | None
+    ) -> None:
+        k, c = shape
+        self.conv_weight, self.folded, self.products = (
+            k * c * size for size in (weight_dtype.itemsize, dtype.itemsize, 8)
+        )
+        self.param = 0 if param_dtype is None else k * param_dtype.itemsize
+        self.of_inputs, self.of_outputs = c * _FLOAT64, k * _FLOAT64
+        self.cov = c * c * _FLOAT64
+        self.covariance = c * c * (_FLOAT64 if dtype.itemsize > 2 else 4)
+        self.mixing = c * c * dtype.itemsize
+        self.shift, self.offset = (n * wide_dtype(dtype).itemsize for n in (k, c))
+
+
+def conv1x1_bn_fold_traffic(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    weight_dtype: torch.dtype = torch.float32,
+    param_dtype: torch.dtype | None = torch.float32,
+    moments: bool = False,
+    shift0: bool = False,
+) -> Traffic:
+    """Bytes of folding a weight.
+
+    Args:
+        shape: of the weight, (K, C). dtype: of what is convolved. weight_dtype: of the weight.
+        param_dtype: of weight and bias of the norm; None: it has neither.
+        moments, shift0: whether they are given.
+    """
+    s = _MatrixSizes(shape, dtype, weight_dtype, param_dtype)
+    loads = s.conv_weight + 2 * s.param + s.of_inputs + s.cov + moments * 2 * s.of_outputs + shift0 * s.shift
+    return _one_launch("fold", loads, s.folded + s.shift + 3 * s.of_outputs + s.covariance)
+
+
+def conv1x1_bn_unfold_traffic(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    weight_dtype: torch.dtype = torch.float32,
+    param_dtype: torch.dtype | None = torch.float32,
+    need_dconv_weight: bool = True,
+    need_dy: bool = True,
+) -> Traffic:
+    """Bytes of the gradients of a folded weight; arguments as of the op and of :func:`conv1x1_bn_fold_traffic`."""
+    s = _MatrixSizes(shape, dtype, weight_dtype, param_dtype)
+    vectors = s.param + s.of_inputs + 2 * s.of_outputs  # weight, mean, rstd and sum_g
+    slopes = Launch("slopes", s.conv_weight + s.products + vectors, 2 * s.of_outputs + need_dy * s.folded)
+    loads, stores = need_dconv_weight * s.covariance, need_dconv_weight * s.conv_weight
+    stores += need_dy * (s.mixing + s.offset)
+    floor = slopes.total - s.of_outputs + loads + stores  # without the slopes
+    if not stores:
+        return Traffic(floor, (slopes,))
+    loads += s.conv_weight + need_dconv_weight * s.products + vectors + s.of_outputs
+    return Traffic(floor, (slopes, Launch("unfold", loads, stores)))
+
+
+def conv1x1_bn_update_running_traffic(
+    channels: int, *, param_dtype: torch.dtype = torch.float32, counter: bool = True
+) -> Traffic:
+    """Bytes of moving the running statistics of ``channels``; param_dtype: of those."""
+    running, counters = 2 * channels * param_dtype.itemsize, counter * COUNTER
+    return _one_launch("update_running", 2 * channels * _FLOAT64 + running + counters, running + counters)
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------

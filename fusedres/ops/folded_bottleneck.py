@@ -40,9 +40,9 @@ from .batch_norm_act_conv import Convolution, Norm, Passes, activation, gradient
 from .batch_norm_sync import differentiable_batch_norm, merged_statistics
 from .conv1x1_bn_act import FoldingOps, strided_size, wide_dtype
 from .folded_call import Conv1x1, can_move, checked_moments, folding_ops_of
-from .folding import FoldingDecision, folding_asked
+from .folding import FoldingDecision
 from .layout import is_channels_last
-from .tracing import is_blind, is_traced
+from .tracing import autocast_dtype, is_blind, is_traced
 
 
 class Refused(Exception):
@@ -255,7 +255,7 @@ class Part(NamedTuple):
         w = self.conv_weight
         if w.dim() != 4 or w.size(1) != inputs or (kernel and (w.size(2), w.size(3)) != (kernel, kernel)):
             return False
-        if w.dtype != dtype and not (w.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)):
+        if w.dtype != dtype and not (w.dtype == torch.float32 and autocast_dtype(x) is not None):
             return False
         vectors = (self.running_mean, self.running_var, self.weight, self.bias)
         present = [v for v in vectors if v is not None]
@@ -290,17 +290,16 @@ def folded_bottleneck(
     Args:
         parts: conv1, conv2, conv3 and, of a projection, the shortcut's convolution, each with its norm.
         stride: of the shortcut's convolution.
+        folding: as ``folding_asked`` gave it.
         recompute: whether not to keep what conv2 reads; ``folding="always"`` does not either.
     """
-    folding = folding_asked(folding)
     if folding == "never" or is_compiling() or is_traced() or not torch.is_grad_enabled():
         return None
     parameters = [p for part in parts for p in part.parameters]
     if has_torch_function_variadic(x, *parameters) or x.dim() != 4 or not is_channels_last(x) or x.is_inference():
         return None
     first, second, third, *shortcut = parts
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = autocast_dtype(x) or x.dtype
     channels, width, outputs = x.size(1), second.conv_weight.size(0), third.conv_weight.size(0)
     inputs = (channels, first.conv_weight.size(0) // conv2.groups, width, channels)
     if x.dtype != dtype or not all(

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import registry
+from . import choices, registry
 from .checks import pair
 from .conv1x1_bn_act import FoldingOps, conditioning, folding_ops, output_moments, pixels, strided_size
-from .folding import FoldingDecision, folding_choice, numerically_safe, safe_unseen
+from .folding import FoldingDecision, folding_choice, never_gains, numerically_safe, safe_unseen
 from .layout import is_channels_last
-from .tracing import is_blind, is_traced
+from .tracing import autocast_dtype, is_blind, is_traced
 
 
 def can_move(*statistics: Tensor | None) -> bool:
@@ -36,38 +36,19 @@ class Conv1x1:
 
     def __init__(self, y: Tensor, conv_weight: Tensor, stride: int | tuple[int, int], name: str = "stride") -> None:
         rows, columns = pair(name, stride)
-        device = y.device.type
-        amp = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and y.dtype != torch.float64
+        amp = autocast_dtype(y)
         self.y, self.conv_weight, self.stride = y, conv_weight, rows
-        self.dtype = torch.get_autocast_dtype(device) if amp else y.dtype
+        self.dtype = amp or y.dtype
         self.fits = (
             rows == columns
             and rows > 0
             and conv_weight.numel() > 0
-            and (conv_weight.dtype == self.dtype or (amp and conv_weight.dtype == torch.float32))
+            and (conv_weight.dtype == self.dtype or (amp is not None and conv_weight.dtype == torch.float32))
         )
 
     @property
     def pixels(self) -> int:
         return pixels(self.y, self.stride)
-
-    def may_gain(self, folding: str, decision: FoldingDecision | None) -> bool:
-        """Whether some batch of such a layer would be folded: what does not depend on the batch."""
-        enough = 1 << 40
-        channels, outputs = [self.y.size(1)], self.conv_weight.size(0)
-        return None is not folding_ops_of(
-            folding,
-            self.y,
-            self.dtype,
-            channels,
-            outputs,
-            enough,
-            blind=is_blind(self.y),
-            training=True,
-            channels_last=True,
-            fits=True,
-            decision=decision,
-        )
 
     def output(self) -> Tensor:
         """One value in the shape of what the convolution would write: for checks."""
@@ -142,7 +123,6 @@ def folding_ops_of(
     decision: FoldingDecision | None,
 ) -> FoldingOps | None:
     """Who serves a call that is described by numbers, for tensors like ``y``; arguments as of ``folding_choice``."""
-    ops = folding_ops(y)
     known = True if safe_unseen(dtype, sums_of(y.device.type)) else None if decision is None else decision.known(y)
     if decision is not None and not blind:
         decision.count()
@@ -157,11 +137,26 @@ def folding_ops_of(
         capability=registry.CPU_CAPABILITY,
         training=training,
         traced=is_traced() or (blind and not known),
-        served=ops is not None,
         channels_last=channels_last,
         fits=fits,
+        measured=_measured(y, channels, outputs, pixels, dtype),
     )
-    return ops if folds and known is not False else None
+    return folding_ops(y) if folds and known is not False else None
+
+
+def _measured(y: Tensor, channels: Sequence[int], outputs: int, pixels: int, dtype: torch.dtype) -> str | None:
+    """What the table of a GPU says of folding a layer."""
+    if not y.is_cuda or is_compiling():  # sizes may be symbols there
+        return None
+    return registry.table_of(y.get_device()).folding.get(choices.folding_key(channels, outputs, pixels, dtype))
+
+
+def may_gain(folding: str, y: Tensor, channels: Sequence[int], outputs: int) -> bool:
+    """Whether some batch of a layer would be folded for tensors like ``y``: a first question that costs little."""
+    if folding == "auto" and y.is_cuda and not is_compiling() and not registry.table_of(y.get_device()).folding:
+        return False
+    dtype = autocast_dtype(y) or y.dtype
+    return never_gains(folding, dtype, y.device.type, channels, outputs, registry.CPU_CAPABILITY) is None
 
 
 def checked_moments(

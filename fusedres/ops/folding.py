@@ -100,6 +100,12 @@ class FoldingDecision:
         looks = self._calls >= _LOOK_AGAIN or (self.safe and y.is_cpu)
         return None if looks else self.safe
 
+    def refuses(self, y: Tensor) -> bool:
+        """Whether a call with ``y`` need not ask further; counts it."""
+        known = self.known(y)
+        self._calls += 1
+        return known is False
+
     def count(self) -> None:
         """A call that could look, and did as was decided."""
         self._calls += 1
@@ -127,6 +133,29 @@ def folding_asked(folding: str) -> str:
     return _default if _checked(folding, "folding") == "auto" else folding
 
 
+def never_gains(
+    folding: str, dtype: torch.dtype, device: str, channels: Sequence[int], outputs: int, capability: str
+) -> str | None:
+    """Why no batch of such a layer is folded, in words; None if one may be. Arguments as of :func:`folding_choice`."""
+    if folding == "never":
+        return 'folding is "never"'
+    if dtype == torch.float16:
+        return "float16 has not the range that folded weights and their products need"
+    if folding == "always" or device != "cpu":
+        return None
+    if capability != "avx512":
+        return f"nothing has been measured to gain with {capability}"
+    if dtype not in _GAINS_ON_CPU:
+        return f"nothing has been measured in {dtype}"
+    most, most_channels = max(channels), _GAINS_ON_CPU[dtype][0]
+    if most > most_channels or outputs < _OUTPUTS_PER_CHANNEL * most:
+        return (
+            f"{most} to {outputs} channels, and folding gains up to {most_channels} and to {_OUTPUTS_PER_CHANNEL} times"
+            " as many"
+        )
+    return None
+
+
 def folding_choice(
     folding: str,
     dtype: torch.dtype,
@@ -139,9 +168,9 @@ def folding_choice(
     capability: str = "avx512",
     training: bool = True,
     traced: bool = False,
-    served: bool = True,
     channels_last: bool = True,
     fits: bool = True,
+    measured: str | None = None,
 ) -> tuple[bool, str]:
     """Whether a call folds, as far as its arguments tell; and the reason, in words.
 
@@ -154,23 +183,20 @@ def folding_choice(
         capability: instruction set of the CPU kernels.
         training: every norm uses the statistics of the batch.
         traced: something records or transforms the call, so that it must see plain operators.
-        served: there are kernels for the device.
         channels_last: y is, or both are.
         fits: dtypes, shapes and strides are those of one GEMM.
+        measured: "fold" or "plain", which of them the table of a GPU says is faster; None where it does not know.
     """
     most = max(channels)
-    if folding == "never":
-        return False, 'folding is "never"'
+    never = never_gains(folding, dtype, device, channels, outputs, capability)
+    if never is not None:
+        return False, never
     if not training:
         return False, "evaluation has nothing to fold in training"
     if traced:
         return False, "the call is traced or transformed"
     if not fits:
         return False, "dtypes, shapes or strides are not those of one GEMM"
-    if dtype == torch.float16:
-        return False, "float16 has not the range that folded weights and their products need"
-    if not served:
-        return False, f"no kernels on {device}"
     if pixels < _PIXELS_PER_CHANNEL * most:
         return False, f"{pixels} pixels are fewer than {_PIXELS_PER_CHANNEL} for each of {most} channels"
     if folding == "always":
@@ -178,17 +204,8 @@ def folding_choice(
     if not channels_last:
         return False, "y is not channels_last"
     if device != "cpu":
-        return False, f"nothing has been measured on {device}"
-    if capability != "avx512":
-        return False, f"nothing has been measured to gain with {capability}"
-    if dtype not in _GAINS_ON_CPU:
-        return False, f"nothing has been measured in {dtype}"
-    most_channels, fewest, fewest_in_large = _GAINS_ON_CPU[dtype]
-    if most > most_channels or outputs < _OUTPUTS_PER_CHANNEL * most:
-        return False, (
-            f"{most} to {outputs} channels, and folding gains up to {most_channels} and to {_OUTPUTS_PER_CHANNEL} times"
-            " as many"
-        )
+        return measured == "fold", f"measured on {device}: {measured or 'nothing'}"
+    _, fewest, fewest_in_large = _GAINS_ON_CPU[dtype]
     if pixels < (fewest_in_large if image >= _LARGE_IMAGE else fewest):
         return False, f"{pixels} pixels of {dtype}, too few for folding to gain"
     return True, f"{most} to {outputs} channels of {pixels} pixels"

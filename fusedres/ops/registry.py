@@ -134,18 +134,22 @@ def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _with_memory_errors(overload: Callable[..., Any]) -> Callable[..., Any]:
-    """``overload``, raising what eager raises where memory runs out; its C++ can only raise RuntimeError."""
+def _with_device_errors(overload: Callable[..., Any]) -> Callable[..., Any]:
+    """``overload``, raising what eager raises where memory runs out or the device fails; its C++ can only raise
+    RuntimeError, as it does for arguments."""
 
     def call(*args: Any) -> Any:
         try:
             return overload(*args)
         except RuntimeError as error:
-            if not str(error).startswith("out of memory: "):
+            words = str(error)
+            if "CUDA error: " in words:
+                raise torch.AcceleratorError(words) from None
+            if not words.startswith("out of memory: "):
                 raise
             if args[0].is_cuda:
                 torch.cuda.synchronize(args[0].device)  # where an earlier kernel failed, this says so
-            raise torch.OutOfMemoryError(f"CUDA {error}") from None
+            raise torch.OutOfMemoryError(f"CUDA {words}") from None
 
     return call
 
@@ -187,7 +191,7 @@ def define(
     else:
         op._why_not["cpu"] = f"_ops_cpu: {LIBRARIES['_ops_cpu'].error}"
     if native["CUDA"]:
-        op.cuda = _with_memory_errors(overload)
+        op.cuda = _with_device_errors(overload)
     else:
         op._why_not["cuda"] = f"_ops_cuda: {LIBRARIES['_ops_cuda'].error}" if cuda else "no CUDA kernel for this op"
     OPS[name] = op
@@ -257,21 +261,29 @@ def table_of(device: int) -> choices.Table:
     """What was measured on a CUDA device, read once in a process."""
     table = _tables.get(device)
     if table is None:
-        table = _tables[device] = choices.load(torch.cuda.get_device_name(device))
+        try:
+            table = choices.load(torch.cuda.get_device_name(device))
+        except (RuntimeError, AssertionError) as error:  # a fake tensor may be on a device that is not there
+            table = choices.Table({}, f"no such device ({str(error).splitlines()[0]})")
+        _tables[device] = table
     return table
+
+
+def _measured(op: Op, x: Tensor) -> str | None:
+    """What the table of the device says of tensors like ``x``; None where nothing was measured."""
+    table = table_of(x.get_device()).choices
+    return table.get(choices.key(op.family, x)) if table and x.dim() == 4 else None
 
 
 def _automatic_on_cuda(op: Op, x: Tensor) -> Callable[..., Any] | None:
     """The measured choice, where there is one and it can serve; else the CUDA library, else Triton."""
-    if not torch.compiler.is_compiling():  # sizes may be symbols there
-        table = table_of(x.get_device()).choices
-        if table and x.dim() == 4:
-            choice = table.get(choices.key(op.family, x))
-            if choice == "eager":
-                return None
-            if choice == "triton" and op.triton is not None:
-                return op.triton
-    return op.cuda or op.triton
+    default = op.cuda or op.triton
+    if default is None or torch.compiler.is_compiling():  # sizes may be symbols there
+        return default
+    choice = _measured(op, x)
+    if choice == "eager":
+        return None
+    return (op.triton if choice == "triton" else None) or default
 
 
 def serve(op: Op, x: Tensor) -> Callable[..., Any] | None:
@@ -297,14 +309,25 @@ def serve(op: Op, x: Tensor) -> Callable[..., Any] | None:
     return implementation
 
 
+def native_ops(op: Op, backward_op: Op, x: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """``op`` and ``backward_op`` in C++, where ``serve`` would give these; for calls that nothing traces.
+
+    They check their arguments themselves, and refuse before they write anything.
+    """
+    if x.is_cpu:
+        if op.cpu is None or not (_forced is None or _forced == "cpu"):
+            return None
+        return op.cpu._op, backward_op.cpu._op  # without the Python half of an overload
+    if not x.is_cuda or op.cuda is None:
+        return None
+    if _forced != "cuda" and (_forced is not None or _measured(op, x) not in (None, "cuda")):
+        return None
+    return op.cuda, backward_op.cuda
+
+
 def forced() -> bool:
     """Whether the user named a backend, so that no per-shape preference may divert the call to eager."""
     return _forced is not None
-
-
-def forced_elsewhere(name: str) -> bool:
-    """Whether the user named another backend than ``name``."""
-    return _forced is not None and _forced != name
 
 
 def served_by(op: Op, device: str) -> dict[str, str]:

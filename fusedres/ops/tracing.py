@@ -26,6 +26,14 @@ def is_blind(y: Tensor) -> bool:
     return y.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of ``x`` before a convolution; None where it leaves it alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def in_backward() -> bool:
     """Whether autograd runs the call: a checkpoint computes again what it did not keep."""
     return not is_compiling() and torch._C._current_graph_task_id() != -1

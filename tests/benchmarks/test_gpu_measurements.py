@@ -344,8 +344,10 @@ class TestHost:
     def test_rows(self, device, monkeypatch):
         monkeypatch.setattr(host, "CALLS", 2)
         monkeypatch.setattr(host, "ROUNDS", 3)
+        monkeypatch.setattr(host, "SIZES", (host.TINY, (2, 8, 6, 6)))
         rows = list(host.measure_host(device, peers=("eager", "cuda", "auto")))
-        assert len(rows) == len(host.FORMS) * 2 * 3
+        assert len(rows) == len(host.FORMS) * 2 * 2 * 3
+        assert {tuple(row["shape"]) for row in rows} == set(host.SIZES)
         for row in rows:
             if row["peer"] == "cuda":
                 assert "error" in row

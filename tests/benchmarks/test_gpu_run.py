@@ -251,10 +251,12 @@ MODELS = [
     {"model": "resnet50", "kind": kind, "batch": 256, "graph": graph, "images_per_s": images, "peak_mb": 9e3}
     for kind, graph, images in (("eager", False, 2400), ("eager", True, 2500), ("cuda", True, 3500))
 ] + [{"model": "resnet50", "kind": "compile", "batch": 256, "error": "OutOfMemoryError: much"}]
+_SMALL = {"shape": [2, 8, 2, 2], "dtype": "float32"}
 HOST = [
-    {"op": "add_act", "dtype": "float32", "peer": "cuda", "forward_us": 9.5},
-    {"op": "batch_norm_act", "dtype": "float32", "peer": "cuda", "forward_us": 13.25},
-    {"op": "batch_norm_act", "dtype": "float32", "peer": "triton", "error": "no"},
+    {"op": "add_act", "peer": "cuda", "forward_us": 9.5, **_SMALL},
+    {"op": "batch_norm_act", "residual": True, "peer": "cuda", "forward_us": 13.25, **_SMALL},
+    {"op": "batch_norm_act", "residual": False, "peer": "cuda", "forward_us": 12.5, **_SMALL},
+    {"op": "batch_norm_act", "peer": "triton", "error": "no", **_SMALL},
 ]
 
 
@@ -278,7 +280,7 @@ class TestTable:
         assert of("best peer").measured == "0.75x, batch_norm_act 256x64x56x56"
         assert of("CUDA graph, against eager").measured == "1.40x (3500 and 2500 images/s)"
         assert of("CUDA graph, against compile-max").met is None
-        assert of("host time").measured == "13.2 us, batch_norm_act float32"
+        assert of("host time").measured == "13.2 us, batch_norm_act+residual 2x8x2x2 float32"
         assert of("host time").met is False
         assert all(b.met is None and b.measured == "not measured" for n, b in lines.items() if n.startswith("triton"))
 

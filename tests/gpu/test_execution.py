@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
-from fusedres import verification
+from fusedres import functional, verification
 
 from .conftest import CASES, DEVICE, Call, served_by
 
@@ -98,6 +100,39 @@ def test_no_waiting_for_the_host(case, forced, needs_gpu, make_call):
         call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["residual", "plain", "eval", "pair", "stem", "add"])
+def test_straight_to_a_native_op(name, backend, make_call, monkeypatch):
+    """It checks its arguments itself, so that Python does not, which would take as long as the rest of a call."""
+    if backend not in ("cuda", "cpu"):
+        pytest.skip("this backend's launchers rely on the checks")
+    with served_by(backend, CASES[name].op):
+        call = make_call(CASES[name])
+        monkeypatch.setattr(functional, "check_act", lambda act: pytest.fail("checked"))
+        call()
+
+
+def test_first_call_on_a_new_shape(backend):
+    """Takes no second more than the next one, once kernels are compiled: nothing is tried out at run time."""
+
+    def seconds(x: torch.Tensor, residual: torch.Tensor) -> float:
+        start = time.perf_counter()
+        weight, bias = (torch.ones(64, device=DEVICE, requires_grad=True) for _ in range(2))
+        functional.batch_norm_act(x, None, None, weight, bias, residual, training=True).sum().backward()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    with served_by(backend, "batch_norm_act"):
+        for size in ((8, 64, 28, 28), (4, 64, 29, 27)):  # the first compiles
+            x, residual = (
+                torch.randn(size, device=DEVICE).bfloat16().contiguous(memory_format=torch.channels_last)
+                for _ in range(2)
+            )
+            x.requires_grad_()
+            first, second = seconds(x, residual), seconds(x, residual)
+    assert first - second < 1
 
 
 @pytest.mark.parametrize("name", ["residual", "plain", "pair", "stem", "add"])

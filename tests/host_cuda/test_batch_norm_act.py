@@ -452,7 +452,7 @@ for op in {names}:
     schema = getattr(torch.ops.fusedres, op).default._schema
     torch.library.define("fusedres_host::" + op, str(schema).split(op, 1)[1], tags=())
 torch.ops.load_library({library!r})
-op = registry._with_memory_errors(torch.ops.fusedres_host.batch_norm_act.default)
+op = registry._with_device_errors(torch.ops.fusedres_host.batch_norm_act.default)
 x = torch.ones(64, 64, 128, 128)
 mean, var, counter = torch.zeros(64), torch.ones(64), torch.tensor(3)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

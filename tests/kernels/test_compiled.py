@@ -27,6 +27,11 @@ QUICK = [
     ("80", "conv1x1_bn_act_backward_* narrow bf16 channels_last"),
     ("100", "conv1x1_bn_act_backward_* wide bf16 channels_last"),
     ("gfx942", "conv1x1_bn_act_backward_* narrow bf16 channels_last"),
+    ("90", "conv1x1_bn_* bf16 f32-weight"),
+    ("90", "conv1x1_bn_update_running *"),
+    ("80", "conv1x1_bn_*fold odd bf16 f32-weight"),
+    ("100", "conv1x1_bn_*fold wide bf16 f32-weight"),
+    ("gfx942", "conv1x1_bn_*fold wide bf16 f32-weight"),
 ]
 SHARED = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}  # bytes that a program may have
 MATRIX = {"80": "mma", "90": "wgmma", "100": "tcgen05", "gfx942": "mfma"}
@@ -64,6 +69,13 @@ def check_gemm(row: dict, name: str) -> None:
     assert row["store"] >= (8 if row["target"] == "gfx942" else 16), f"{name}: widest store {row['store']}"
 
 
+def check_matrices(row: dict, name: str) -> None:
+    multiplies = " known " not in row["case"]
+    assert row["matrix"] == ("" if not multiplies else "mfma" if row["target"] == "gfx942" else "mma"), name
+    assert row["shared"] <= SHARED[row["target"]], f"{name}: {row['shared']} bytes of shared memory"
+    assert row["load"] == 16 or " odd " in row["case"], f"{name}: widest load {row['load']}"
+
+
 def check(row: dict) -> None:
     name = f"{row['kernel']} in {row['case']} on {row['target']}"
     assert row["spills"] == 0, f"{name} spills"
@@ -71,6 +83,9 @@ def check(row: dict) -> None:
     assert row["registers"] <= REGISTERS[row["target"]], f"{name}: {row['registers']} registers"
     if row["kernel"] in ("_rows_kernel", "_columns_kernel"):
         check_gemm(row, name)
+        return
+    if row["kernel"] in ("_fold_kernel", "_unfold_kernel"):
+        check_matrices(row, name)
         return
     assert row["shared"] <= 8192, f"{name}: {row['shared']} bytes of shared memory"
     if row["kernel"] == "_combine_kernel" or "finalise" in row["kernel"] or " odd " in row["case"]:
@@ -94,6 +109,6 @@ def test_compiled(tmp_path, target, cases):
 @pytest.mark.parametrize("target", ["80", "90", "100", "gfx942"])
 def test_every_kernel_compiled(tmp_path, target):
     rows = compile_rows(tmp_path, target, "*")
-    assert len({row["kernel"] for row in rows}) == 17
+    assert len({row["kernel"] for row in rows}) == 21
     for row in rows:
         check(row)

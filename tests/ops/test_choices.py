@@ -25,12 +25,22 @@ def a_choice(backend: str = "triton", **changes) -> choices.Choice:
     return choices.Choice(**(row | changes), backend=backend)
 
 
+def a_fold(choice: str = "fold", **changes) -> choices.FoldingChoice:
+    row = {"dtype": "bfloat16", "channels": (7,), "outputs": 9, "pixels": 18}
+    return choices.FoldingChoice(**(row | changes), choice=choice)
+
+
+def rows(backends: list, folding: list = ()) -> dict:
+    return {"devices": {DEVICE: {"backends": backends, "folding": folding}}}
+
+
 def test_shipped_table_is_of_this_version():
     content = json.loads(choices.SHIPPED.read_text())
     assert content["format"] == choices.FORMAT
     assert content["fusedres"] == fusedres.__version__
     for device in content["devices"]:
-        assert choices.load(device).choices
+        table = choices.load(device)
+        assert table.choices or table.folding
 
 
 def test_where_it_is(cache, monkeypatch):
@@ -59,17 +69,49 @@ def test_saved_and_read(cache):
     assert [p.name for p in cache.iterdir()] == [path.name]
 
 
+def test_folding_saved_and_read(cache):
+    assert not choices.load(DEVICE).folding
+    folds = [a_fold(), a_fold("plain", channels=(10,)), a_fold("plain", channels=(7, 9)), a_fold(pixels=19)]
+    choices.save(DEVICE, [a_choice()], {}, folds)
+    table = choices.load(DEVICE)
+    assert len(table.choices) == 1
+    bf16 = torch.bfloat16
+
+    def found(*arguments) -> str | None:
+        return table.folding.get(choices.folding_key(*arguments))
+
+    assert found((64,), 256, 64 * 56 * 56, bf16) == "fold"
+    assert found([100], 300, 2**17, bf16) == "fold"  # neighbours
+    assert found((512,), 256, 2**17, bf16) == "plain"
+    assert found((64, 256), 256, 2**17, bf16) == "plain"
+    assert found((64,), 256, 2**18, bf16) == "fold"
+    for other in (((256, 64), 256, 2**17, bf16), ((64,), 512, 2**17, bf16), ((64,), 256, 2**17, torch.float32)):
+        assert found(*other) is None
+    choices.save(DEVICE, [a_choice()], {})
+    assert not choices.load(DEVICE).folding
+
+
+def test_folding_alone_leaves_backends_as_they_are(op, cache):
+    choices.save(DEVICE, [], {}, [a_fold()])
+    x = OnGpu(torch.empty((2, 8, 8, 8), dtype=torch.bfloat16).to(memory_format=torch.channels_last))
+    assert registry.serve(op, x) == "cuda"
+    assert registry.table_of(3).folding == {choices.folding_key((64,), 256, 2**17, torch.bfloat16): "fold"}
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda c: c | {"format": 0}, "format 0, not 1"),
+        (lambda c: c | {"format": 1}, "format 1, not 2"),
         (lambda c: c | {"fusedres": "0.0.1"}, "fusedres '0.0.1'"),
         (lambda c: c | {"devices": {}}, "nothing on NVIDIA H200"),
         (lambda c: {}, "format"),
         (lambda c: [], "list indices"),
-        (lambda c: c | {"devices": {DEVICE: [{"op": "add_act"}]}}, "missing"),
-        (lambda c: c | {"devices": {DEVICE: [vars(a_choice("cublas"))]}}, "unknown backend"),
-        (lambda c: c | {"devices": {DEVICE: [vars(a_choice(dtype="bfloat17"))]}}, "bfloat17"),
+        (lambda c: c | rows([{"op": "add_act"}]), "missing"),
+        (lambda c: c | rows([vars(a_choice("cublas"))]), "unknown backend"),
+        (lambda c: c | rows([vars(a_choice(dtype="bfloat17"))]), "bfloat17"),
+        (lambda c: c | rows([], [{"channels": [7]}]), "missing"),
+        (lambda c: c | rows([], [vars(a_fold("always"))]), "neither fold nor plain"),
+        (lambda c: c | {"devices": {DEVICE: {"backends": []}}}, "folding"),
     ],
 )
 def test_other_tables_are_ignored_and_say_why(cache, spoil, words):

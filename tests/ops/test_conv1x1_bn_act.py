@@ -13,7 +13,7 @@ import fusedres
 from fusedres import functional as F
 from fusedres import verification
 from fusedres.ops import conv1x1_bn_act as family
-from fusedres.ops import folding, registry
+from fusedres.ops import folded_call, folding, registry
 from fusedres.ops.layout import pack_mask, unpack_mask
 from fusedres.verification import FOLDED, PAIR_1X1, Case
 
@@ -25,11 +25,8 @@ OP = "conv1x1_bn_act"
 
 def _implementations() -> tuple | None:
     """Of the four ops by the backend in force, where it has them."""
-    try:
-        ops = tuple(registry.serve(op, torch.empty(1)) for op in family.OPS)
-    except RuntimeError:
-        return None
-    return None if None in ops else ops
+    ops = family.folding_ops(torch.empty(1))
+    return None if ops is None else ops[:4]
 
 
 def _folding_backends() -> list[str]:
@@ -96,7 +93,7 @@ def test_moments(shape, channels, stride, dtype, folds) -> None:
     moments, *_ = _implementations()
     o = Operands(shape, channels, stride, dtype)
     y = o.y + 3
-    mean, cov = moments(y, stride)
+    mean, cov = moments(y, None, stride)
     rows = _rows(y, stride)
     assert mean.dtype == cov.dtype == torch.float64
     o.close(mean, rows.mean(0), torch.float64)
@@ -112,8 +109,8 @@ def test_moments(shape, channels, stride, dtype, folds) -> None:
 def test_apply(shape, channels, stride, dtype, relu, second, folds) -> None:
     _, apply, *_ = _implementations()
     o = Operands(shape, channels, stride, dtype)
-    pair = (o.y2, o.folded2, 1, None) if second else (None, None, 1, o.residual)
-    out, mask = apply(o.y, o.folded, o.shift, stride, *pair, relu, relu)
+    pair = (o.y2, o.folded2, 1, None, None) if second else (None, None, 1, o.residual, None)
+    out, mask = apply(o.y, None, o.folded, o.shift, stride, *pair, relu, relu)
     want = _rows(o.y, stride) @ o.folded.double().T + o.shift.double()
     want = want + (_rows(o.y2) @ o.folded2.double().T if second else _rows(o.residual))
     assert out.shape == o.out_shape
@@ -121,7 +118,7 @@ def test_apply(shape, channels, stride, dtype, relu, second, folds) -> None:
     assert out.is_contiguous(memory_format=CHANNELS_LAST)
     o.close(_rows(out), want.relu() if relu else want)
     assert torch.equal(mask, pack_mask(~(out <= 0)) if relu else mask[:0])
-    again, nothing = apply(o.y, o.folded, o.shift, stride, *pair, relu, False)
+    again, nothing = apply(o.y, None, o.folded, o.shift, stride, *pair, relu, False)
     assert torch.equal(out, again)
     assert nothing.numel() == 0
 
@@ -134,7 +131,7 @@ def test_backward_reduce(shape, channels, stride, dtype, masked, folds) -> None:
     o = Operands(shape, channels, stride, dtype)
     mask = o.mask if masked else None
     want = torch.where(unpack_mask(mask, o.dy), o.dy, 0) if masked else o.dy
-    g, sum_g, products, products2 = reduce(o.dy, mask, o.y, stride, o.y2, 1, masked, True)
+    g, sum_g, products, products2 = reduce(o.dy, mask, o.y, None, stride, o.y2, 1, masked, True)
     if masked:
         assert torch.equal(g, want)
         assert g.is_contiguous(memory_format=CHANNELS_LAST)
@@ -142,7 +139,7 @@ def test_backward_reduce(shape, channels, stride, dtype, masked, folds) -> None:
     o.close(sum_g, _rows(want).sum(0), torch.float64)
     o.close(products, _rows(want).T @ _rows(o.y, stride), torch.float64)
     o.close(products2, _rows(want).T @ _rows(o.y2), torch.float64)
-    g, only, *nothing = reduce(o.dy, mask, o.y, stride, None, 1, False, False)
+    g, only, *nothing = reduce(o.dy, mask, o.y, None, stride, None, 1, False, False)
     o.close(only, _rows(want).sum(0), torch.float64)
     assert [t.numel() for t in (g, *nothing)] == [0, 0, 0]
 
@@ -155,15 +152,16 @@ def test_backward_apply(shape, channels, stride, dtype, masked, folds) -> None:
     o = Operands(shape, channels, stride, dtype)
     mask = o.mask if masked else None
     g = _rows(torch.where(unpack_mask(mask, o.dy), o.dy, 0) if masked else o.dy)
-    first = (o.y, o.folded, o.mixing, o.offset, stride)
-    dx, dx2 = apply(o.dy, mask, *first, o.y2, o.folded2, o.mixing2, o.offset2, 1, True, True)
+    first = (o.y, None, o.folded, o.mixing, o.offset, stride)
+    dx, dx2, sums = apply(o.dy, mask, *first, o.y2, o.folded2, o.mixing2, o.offset2, 1, True, True)
     want = torch.zeros(shape, dtype=torch.float64)
     rows = g @ o.folded.double() + _rows(o.y, stride) @ o.mixing.double() + o.offset.double()
     want[:, :, ::stride, ::stride] = rows.view(shape[0], *o.out_shape[2:], -1).movedim(-1, 1)
     assert dx.stride() == o.y.stride()
     o.close(dx, want)
     o.close(_rows(dx2), g @ o.folded2.double() + _rows(o.y2) @ o.mixing2.double() + o.offset2.double())
-    alone, nothing = apply(o.dy, mask, *first, None, None, None, None, 1, True, False)
+    assert sums.numel() == 0
+    alone, nothing, _ = apply(o.dy, mask, *first, None, None, None, None, 1, True, False)
     assert torch.equal(alone, dx)
     assert nothing.numel() == 0
 
@@ -174,14 +172,15 @@ def test_opcheck(dtype, folds) -> None:
     moments, apply, reduce, backward = _implementations()
     for shape, channels, stride in SHAPES:
         o = Operands(shape, channels, stride, dtype)
-        torch.library.opcheck(moments, (o.y, stride))
-        torch.library.opcheck(apply, (o.y, o.folded, o.shift, stride, None, None, 1, None, True, True))
-        torch.library.opcheck(apply, (o.y, o.folded, o.shift, stride, o.y2, o.folded2, 1, None, False, False))
-        torch.library.opcheck(reduce, (o.dy, o.mask, o.y, stride, o.y2, 1, False, True))
-        torch.library.opcheck(reduce, (o.dy, None, o.y, stride, None, 1, False, False))
+        torch.library.opcheck(moments, (o.y, None, stride))
+        torch.library.opcheck(apply, (o.y, None, o.folded, o.shift, stride, None, None, 1, None, None, True, True))
+        second = (o.y2, o.folded2, 1, None, None)
+        torch.library.opcheck(apply, (o.y, None, o.folded, o.shift, stride, *second, False, False))
+        torch.library.opcheck(reduce, (o.dy, o.mask, o.y, None, stride, o.y2, 1, False, True))
+        torch.library.opcheck(reduce, (o.dy, None, o.y, None, stride, None, 1, False, False))
         second = (o.y2, o.folded2, o.mixing2, o.offset2, 1)
         for wanted in ((True, True), (True, False), (False, True)):
-            args = (o.dy, o.mask, o.y, o.folded, o.mixing, o.offset, stride, *second, *wanted)
+            args = (o.dy, o.mask, o.y, None, o.folded, o.mixing, o.offset, stride, *second, *wanted)
             torch.library.opcheck(backward, args)
 
 
@@ -352,7 +351,8 @@ def test_folding_choice() -> None:
         ({"training": False}, "evaluation"),
         ({"traced": True}, "traced"),
         ({"fits": False}, "one GEMM"),
-        ({"served": False, "device": "xpu"}, "no kernels on xpu"),
+        ({"device": "xpu"}, "measured on xpu: nothing"),
+        ({"device": "cuda", "measured": "plain"}, "measured on cuda: plain"),
         ({"pixels": 255}, "255 pixels"),
         ({"channels_last": False}, "channels_last"),
         ({"device": "cuda"}, "cuda"),
@@ -366,6 +366,7 @@ def test_folding_choice() -> None:
         folds, why = choice(**change)
         assert not folds, change
         assert says in why
+    assert choice(device="cuda", measured="fold", channels=(512,))[0]
     for change in ({"channels_last": False}, {"device": "cuda"}, {"channels": (64, 65)}, {"capability": "avx2"}):
         assert choice("always", **change)[0]
     assert not choice("always", pixels=255)[0]
@@ -410,13 +411,13 @@ def test_environment(monkeypatch) -> None:
 def test_conditioning() -> None:
     """Against the formulas, channel by channel."""
     y, w = _image(4, 6, 5, 5) + 2, _weight(9, 6)
-    mean, cov = family.CONV1X1_MOMENTS.reference(y, 1)
-    moments = family.output_moments(w.detach(), mean, cov, 100)
+    mean, cov = family.CONV1X1_MOMENTS.reference(y, None, 1)
+    mu, variance = moments = family.output_moments(w.detach(), mean, cov, 100)
     x = nn.functional.conv2d(y.double(), w.detach().double())
-    torch.testing.assert_close(moments.mu, x.mean((0, 2, 3)))
-    torch.testing.assert_close(moments.var, x.var((0, 2, 3), correction=0))
-    found = family.conditioning(w, moments, 1e-3)
-    squares, var = w.detach().double().square()[:, :, 0, 0], moments.var + 1e-3
+    torch.testing.assert_close(mu, x.mean((0, 2, 3)))
+    torch.testing.assert_close(variance, x.var((0, 2, 3), correction=0))
+    found = family.conditioning(w, mean, cov, 100, moments, 1e-3)
+    squares, var = w.detach().double().square()[:, :, 0, 0], variance + 1e-3
     second, variance = _rows(y).square().mean(0), _rows(y).var(0, correction=0)
     assert found.cancellation == pytest.approx(((squares * second).sum(1) / var).max().item())
     assert found.rounding == pytest.approx(((squares * variance).sum(1) / var).max().item())
@@ -440,9 +441,12 @@ def test_guard(name, folds, is_folded, monkeypatch) -> None:
     assert not is_folded(lambda: verification.ours(case, tensors))
     assert not verification.failures(case, folds)
     reasons = []
-    monkeypatch.setattr(
-        F, "numerically_safe", lambda *a, **k: (reasons.append(folding.numerically_safe(*a, **k)[1]), (True, ""))[1]
-    )
+
+    def safe(*args) -> tuple[bool, str]:
+        reasons.append(folding.numerically_safe(*args)[1])
+        return True, ""
+
+    monkeypatch.setattr(folded_call, "numerically_safe", safe)
     assert verification.failures(case, folds)
     assert reasons[0].startswith(name.partition("-")[0])
 
@@ -474,7 +478,7 @@ def test_saved_for_backward(dtype, act, folds) -> None:
     assert {t.data_ptr() for t in saved if t.numel() > 64} >= {y.data_ptr(), w.data_ptr()}
     assert max(t.numel() for t in fresh) <= max(out.numel() // 8, 16 * 16)
     element = 8 if dtype == torch.float32 else 4
-    matrices = 16 * 16 * element + (16 + 2 * 64) * 8
+    matrices = 16 * 16 * element + (16 + 3 * 64) * 8
     assert sum(t.numel() * t.element_size() for t in fresh) <= matrices + (out.numel() // 8 if act else 0)
 
 
@@ -487,7 +491,7 @@ def test_saved_for_backward_of_a_pair(folds, saved_bytes) -> None:
         )
     )
     inputs = 4 * (y.numel() + w.numel() + y2.numel() + w2.numel() + 2 * 64)
-    assert size <= inputs + out.numel() // 8 + 8 * (16**2 + 16 + 32**2 + 32 + 4 * 64)
+    assert size <= inputs + out.numel() // 8 + 8 * (16**2 + 16 + 32**2 + 32 + 6 * 64)
 
 
 def test_the_wide_tensor_is_never_made(folds, record_ops) -> None:

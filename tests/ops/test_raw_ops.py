@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fusedres
 from fusedres import verification
-from fusedres.ops import batch_norm_sync, conv1x1_bn_act
+from fusedres.ops import batch_norm_sync
 
 
 def _registered() -> set[str]:
@@ -90,11 +90,19 @@ def test_every_raw_op_is_exercised(record_ops) -> None:
         reached |= {func.__name__.split(".")[0] for func, *_ in record.calls if func.namespace == "fusedres"}
     with record_ops() as record:  # which not every library has
         y, weight = torch.randn(2, 4, 3, 3).contiguous(memory_format=torch.channels_last), torch.randn(5, 4)
-        ops = [getattr(torch.ops.fusedres, op.name) for op in conv1x1_bn_act.OPS]
-        ops[0](y, 1)
-        out, mask = ops[1](y, weight, weight[:, 0].clone(), 1, None, None, 1, None, True, True)
-        ops[2](out, mask, y, 1, None, 1, True, True)
-        ops[3](out, mask, y, weight, weight[:4], weight[0], 1, None, None, None, None, 1, True, False)
+        ops = torch.ops.fusedres
+        mean, cov = ops.conv1x1_moments(y, None, 1)
+        folded, shift, stats, covariance = ops.conv1x1_bn_fold(
+            weight[..., None, None], None, None, mean, cov, None, 1e-5, 18, None, y.dtype
+        )
+        ops.conv1x1_bn_update_running(torch.zeros(5), torch.ones(5), None, 0.1, stats, 18)
+        out, mask = ops.conv1x1_bn_act_apply(y, None, folded, shift, 1, None, None, 1, None, None, True, True)
+        _, *sums, _ = ops.conv1x1_bn_act_backward_reduce(out, mask, y, None, 1, None, 1, True, True)
+        _, _, *of_y = ops.conv1x1_bn_unfold(
+            weight[..., None, None], None, mean, covariance, stats, *sums, 18, y.dtype, True, True
+        )
+        pair = (None, None, None, None, 1)
+        ops.conv1x1_bn_act_backward_apply(out, mask, y, None, *of_y, 1, *pair, True, False)
     reached |= {func.__name__.split(".")[0] for func, *_ in record.calls if func.namespace == "fusedres"}
     missing = _registered() - reached
     if available["cpu"] is not None:

@@ -23,6 +23,9 @@ from fusedres.ops.conv1x1_bn_act import (
     conv1x1_bn_act_apply_traffic,
     conv1x1_bn_act_backward_apply_traffic,
     conv1x1_bn_act_backward_reduce_traffic,
+    conv1x1_bn_fold_traffic,
+    conv1x1_bn_unfold_traffic,
+    conv1x1_bn_update_running_traffic,
     conv1x1_moments_traffic,
 )
 
@@ -175,6 +178,25 @@ def test_folded_by_hand():
     assert both.floor == both.total
     with pytest.raises(ValueError, match="stride must be positive"):
         conv1x1_moments_traffic(args[0], args[2], stride=0)
+
+
+def test_small_matrices_by_hand():
+    """A bfloat16 weight from three to four channels, of a float32 norm."""
+    args, w, c, k = ((4, 3), torch.bfloat16), 4 * 3 * 2, 3 * 8, 4 * 8
+    fold = conv1x1_bn_fold_traffic(*args, weight_dtype=torch.bfloat16, moments=True, shift0=True)
+    loads = w + 2 * 16 + c + 9 * 8 + 2 * k + 16
+    assert launches(fold) == {"fold": (loads, w + 16 + 3 * k + 9 * 4)}
+    assert fold.floor == fold.total
+    unfold = conv1x1_bn_unfold_traffic(*args, weight_dtype=torch.bfloat16, param_dtype=None)
+    read = w + 12 * 8 + c + 2 * k
+    assert launches(unfold) == {
+        "slopes": (read, 2 * k + w),
+        "unfold": (read + k + 9 * 4, w + 9 * 2 + 3 * 4),
+    }
+    assert unfold.floor == read + 9 * 4 + k + w + w + 9 * 2 + 3 * 4
+    first = conv1x1_bn_unfold_traffic(*args, need_dconv_weight=False, need_dy=False)
+    assert launches(first) == {"slopes": (4 * 3 * 4 + 12 * 8 + 16 + c + 2 * k, 2 * k)}
+    assert launches(conv1x1_bn_update_running_traffic(4)) == {"update_running": (2 * k + 2 * 16 + 8, 2 * 16 + 8)}
 
 
 def test_two_calls_add_up():
