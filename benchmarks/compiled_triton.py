@@ -107,8 +107,8 @@ class _Call:
             dy, self.x, *self.affine, self.stats, training, True, *_STEM, True, True
         )
 
-    def moments(self, stride: int = 1) -> None:
-        conv1x1_bn_act.conv1x1_moments(self.x, stride)
+    def moments(self, norm: bool = False, stride: int = 1) -> None:
+        conv1x1_bn_act.conv1x1_moments(self.x, self.stats if norm else None, stride)
 
     def folded(self, c: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Weight, mixing and offset of a folded convolution of c channels."""
@@ -120,22 +120,33 @@ class _Call:
         dy = _meta((n, k, h, w), self.dtype)
         return dy, _meta((triton.cdiv(dy.numel(), 16) * 2,), torch.uint8)
 
-    def folded_apply(self, k: int, x2: tuple[int, ...] | None = None) -> None:
+    def folded_apply(self, k: int, x2: tuple[int, ...] | None = None, norm: bool = False) -> None:
         """With a residual, or with x2 as the shortcut at stride 2."""
         y2, folded2 = (None, None) if x2 is None else (_meta(x2, self.dtype), self.folded(x2[1], k)[0])
         residual = self.gradient(k)[0] if x2 is None else None
         folded, shift = self.folded(self.x.size(1), k)[0], _meta((k,), common.wide_dtype(self.x))
-        conv1x1_bn_act.conv1x1_bn_act_apply(self.x, folded, shift, 1, y2, folded2, 2, residual, True, True)
-
-    def folded_reduce(self, k: int, x2: tuple[int, ...] | None = None, need_g: bool = False) -> None:
-        y2 = None if x2 is None else _meta(x2, self.dtype)
-        conv1x1_bn_act.conv1x1_bn_act_backward_reduce(*self.gradient(k), self.x, 1, y2, 2, need_g, True)
-
-    def folded_backward(self, k: int, x2: tuple[int, ...] | None = None) -> None:
-        second = (None,) * 4 if x2 is None else (_meta(x2, self.dtype), *self.folded(x2[1], k))
-        conv1x1_bn_act.conv1x1_bn_act_backward_apply(
-            *self.gradient(k), self.x, *self.folded(self.x.size(1), k), 1, *second, 2, True, x2 is not None
+        conv1x1_bn_act.conv1x1_bn_act_apply(
+            self.x, self.stats if norm else None, folded, shift, 1, y2, folded2, 2, residual, None, True, True
         )
+
+    def input_gradient(self, k: int) -> None:
+        """Of a convolution of k channels to those of x, beside a shortcut whose ReLU masks its gradient."""
+        folded, shift = self.folded(self.x.size(1), k)[0], _meta((k,), common.wide_dtype(self.x))
+        conv1x1_bn_act.conv1x1_bn_act_apply(
+            self.x, None, folded, shift, 1, None, None, 1, *self.gradient(k), False, False
+        )
+
+    def folded_reduce(
+        self, k: int, x2: tuple[int, ...] | None = None, norm: bool = False, need_g: bool = False
+    ) -> None:
+        y2 = None if x2 is None else _meta(x2, self.dtype)
+        of_y = (self.x, self.stats if norm else None)
+        conv1x1_bn_act.conv1x1_bn_act_backward_reduce(*self.gradient(k), *of_y, 1, y2, 2, need_g, True)
+
+    def folded_backward(self, k: int, x2: tuple[int, ...] | None = None, norm: bool = False) -> None:
+        second = (None,) * 4 if x2 is None else (_meta(x2, self.dtype), *self.folded(x2[1], k))
+        of_y = (self.x, self.stats if norm else None, *self.folded(self.x.size(1), k), 1)
+        conv1x1_bn_act.conv1x1_bn_act_backward_apply(*self.gradient(k), *of_y, *second, 2, True, x2 is not None)
 
     def add_act(self) -> None:
         _, mask = add_act.add_act(self.x, self.x, True, True)
@@ -197,20 +208,25 @@ _CONV1X1 = {
 
 def _add_conv1x1(add: Callable[..., None]) -> None:
     sizes = {"narrow": _NARROW, "wide": _WIDE}
+    for norm, suffix in ((False, ""), (True, "+norm")):
+        for (size, shape), dtype in itertools.product(sizes.items(), ("bf16", "f32")):
+            add(f"conv1x1_moments{suffix} {size}", shape, dtype, "channels_last", "moments", norm=norm)
+            for name, method in _CONV1X1.items():
+                add(f"{name}{suffix} {size}", shape, dtype, "channels_last", method, k=4 * shape[1], norm=norm)
+        for op, method in _CONV1X1.items():
+            name, options = f"{op}{suffix}", {"norm": norm}
+            add(f"{name} pair", _WIDE, "bf16", "channels_last", method, k=2048, x2=_WIDE_SHORTCUT, **options)
+            add(f"{name} narrow pair", _MIDDLE, "bf16", "channels_last", method, k=512, x2=_SHORTCUT, **options)
+            add(f"{name} odd", (64, 67, 28, 28), "bf16", "channels_last", method, k=130, **options)
+            add(f"{name} odd", (64, 67, 28, 28), "f32", "channels_last", method, k=130, **options)
+            add(f"{name} unaligned", (64, 84, 28, 28), "bf16", "channels_last", method, k=36, **options)
+            add(f"{name} narrow", _NARROW, "f64", "channels_last", method, k=256, **options)
+        for size, shape in sizes.items():
+            name = f"conv1x1_bn_act_backward_reduce+g{suffix} {size}"
+            add(name, shape, "bf16", "channels_last", "folded_reduce", k=4 * shape[1], need_g=True, norm=norm)
     for (size, shape), dtype in itertools.product(sizes.items(), ("bf16", "f32")):
-        add(f"conv1x1_moments {size}", shape, dtype, "channels_last", "moments")
-        for name, method in _CONV1X1.items():
-            add(f"{name} {size}", shape, dtype, "channels_last", method, k=4 * shape[1])
-    for name, method in _CONV1X1.items():
-        add(f"{name} pair", _WIDE, "bf16", "channels_last", method, k=2048, x2=_WIDE_SHORTCUT)
-        add(f"{name} narrow pair", _MIDDLE, "bf16", "channels_last", method, k=512, x2=_SHORTCUT)
-        add(f"{name} odd", (64, 67, 28, 28), "bf16", "channels_last", method, k=130)
-        add(f"{name} odd", (64, 67, 28, 28), "f32", "channels_last", method, k=130)
-        add(f"{name} unaligned", (64, 84, 28, 28), "bf16", "channels_last", method, k=36)
-        add(f"{name} narrow", _NARROW, "f64", "channels_last", method, k=256)
-    for size, shape in sizes.items():
-        name = f"conv1x1_bn_act_backward_reduce+g {size}"
-        add(name, shape, "bf16", "channels_last", "folded_reduce", k=4 * shape[1], need_g=True)
+        name = f"conv1x1_bn_act_apply+mask {size}"
+        add(name, shape, dtype, "channels_last", "input_gradient", k=4 * shape[1])
     add("conv1x1_moments strided", _SHORTCUT, "bf16", "channels_last", "moments", stride=2)
 
 

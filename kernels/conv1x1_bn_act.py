@@ -9,6 +9,10 @@ made of the same pieces: rows at a stride, a bit mask over the left operand, a s
 ``_columns_kernel`` multiplies columns over all rows: ``A^T [B | B2]`` and the column sums of A, by chunks of rows whose
 results ``_combine_kernel`` adds in float64 in a fixed order. It is ``moments`` (A = B = y, upper tiles only) and
 ``backward_reduce`` (A = masked dy, B = y, B2 = y2). The tensor cores' own sums run over at most 128 rows.
+
+Where y has a norm, ``_activated`` makes of a tile of it, between its load and its product, what the convolution reads.
+The epilogue of ``backward_apply`` does so once more: dx is 0 where that is not active, and its sums, those of a tile at
+first, are added by ``_combine_kernel``.
 """
 
 from __future__ import annotations
@@ -22,13 +26,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
-from .common import INTERPRET, clear_padding, kept, launch_options, pack, round_to, unpack, wide_dtype
+from .common import INTERPRET, clear_padding, kept, launch_options, normalised, pack, round_to, unpack, wide_dtype
 
 # Launch arguments that must not make a new variant of a kernel: what divides a width is told by ALIGN.
 SCALARS = [
     "rows",
     "chunk_rows",
     "splits",
+    "group",
     "units",
     "units2",
     "units_other",
@@ -72,6 +77,32 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _activated(
+    y,
+    norm_ptr,  # [3, cols]: mean, scale, shift
+    col,
+    cols,
+    plain,  # y is not normalised; None: never
+    EVEN: tl.constexpr,
+):
+    """(y - mean, y normalised and rounded) of columns ``col``, 0 of those outside. The one expression of all passes."""
+    at = norm_ptr + col
+    least = 0.0
+    if EVEN and plain is None:
+        mean, scale, shift = tl.load(at), tl.load(at + cols), tl.load(at + 2 * cols)
+    else:
+        exists = col < cols
+        if plain is not None:  # as the identity, which leaves nothing to choose per element
+            exists = col < tl.where(plain, 0, cols)
+            least = tl.where(plain, float("-inf"), 0.0)
+        mean = tl.load(at, mask=exists, other=0.0)
+        scale = tl.load(at + cols, mask=exists, other=1.0)
+        shift = tl.load(at + 2 * cols, mask=exists, other=0.0)
+    centred, a = normalised(y.to(mean.dtype), mean[None, :], 0.0, scale[None, :], shift[None, :])
+    return centred, round_to(tl.where(a <= least, least, a), y.dtype)  # NaN passes
+
+
+@triton.jit
 def _masked(
     a,
     mask_ptr,
@@ -105,6 +136,8 @@ def _masked(
 def _multiply_rows(
     acc,
     a_ptr,
+    norm_ptr,
+    plain,
     mask_ptr,
     b_ptr,
     first,  # rows of the mask: first + local
@@ -134,6 +167,8 @@ def _multiply_rows(
             b = tl.load(b_at)
         else:
             b = tl.load(b_at, mask=exists[:, None] & (col < cols)[None, :], other=0.0)
+        if norm_ptr is not None:
+            _, a = _activated(a, norm_ptr, done + i, inner, plain, EVEN)
         if mask_ptr is not None:
             a = _masked(a, mask_ptr, first, local, True, done, units, ALIGN, EVEN, BLOCK_M, BLOCK_I)
         acc = _dot(a, b, acc, PRECISION)
@@ -147,22 +182,28 @@ def _finish(
     acc,
     shift_ptr,
     residual_ptr,
+    residual_mask_ptr,
+    y_ptr,  # of the shape of out: out is 0 where this is not active
+    norm_ptr,
+    plain,
     out_ptr,
     mask_ptr,
-    to,  # where the tile's first row begins: in out and residual, and in the mask
-    to_mask,
+    sums_ptr,  # of the tile: [2, cols]
+    first,  # rows of the masks: first + local
+    to,  # where the tile's first row begins, in out, residual and y
     local,
     out_rows,  # rows of out relative to the first
     left,
     col,
     cols,
-    mask_width,
+    units,
+    ALIGN: tl.constexpr,
     RELU: tl.constexpr,
     EVEN_COLS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Shift, residual, ReLU, bit mask and store of some columns of a tile, from ``col`` on."""
+    """Shift, residual, ReLU, bit mask, sums and store of some columns of a tile, from ``col`` on."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     c = col + tl.arange(0, COLS)
     exists = (local < left)[:, None]
@@ -170,15 +211,36 @@ def _finish(
     at = out_rows[:, None] * cols + c[None, :]
     acc += tl.load(shift_ptr + c, mask=c < cols, other=0.0)[None, :]
     if residual_ptr is not None:
-        acc += tl.load((residual_ptr + to) + at, mask=inside, other=0.0).to(acc.dtype)
+        residual = tl.load((residual_ptr + to) + at, mask=inside, other=0.0)
+        if residual_mask_ptr is not None:
+            residual = _masked(residual, residual_mask_ptr, first, local, exists, col, units, ALIGN, False, ROWS, COLS)
+        acc += residual.to(acc.dtype)
+    if norm_ptr is not None:
+        counts = inside if plain is None else exists & (c < tl.where(plain, 0, cols))[None, :]
+        y = tl.load((y_ptr + to) + at, mask=counts, other=0.0)
+        centred, a = _activated(y, norm_ptr, c, cols, plain, EVEN_COLS)
+        acc = tl.where((a <= 0.0) & counts, 0.0, acc)  # NaN passes
     if RELU:
         acc = tl.where(acc <= 0.0, 0.0, acc)  # NaN passes
-    tl.store((out_ptr + to) + at, round_to(acc, dtype), mask=inside)
+    out = round_to(acc, dtype)
+    tl.store((out_ptr + to) + at, out, mask=inside)
+    if sums_ptr is not None:
+        out = out.to(acc.dtype)
+        stored = c < (cols if plain is None else tl.where(plain, 0, cols))
+        tl.store(sums_ptr + c, tl.sum(tl.where(counts, out, 0.0), 0), mask=stored)
+        tl.store(sums_ptr + cols + c, tl.sum(tl.where(counts, out * centred, 0.0), 0), mask=stored)
     if mask_ptr is not None:
+        mask_width = units * (ALIGN // 8)
         byte = col // 8 + tl.arange(0, COLS // 8)
         bytes = pack(inside & kept(acc, dtype), ROWS, COLS)
-        byte_at = (mask_ptr + to_mask) + (local[:, None] * mask_width + byte[None, :])
+        byte_at = (mask_ptr + first.to(tl.int64) * mask_width) + (local[:, None] * mask_width + byte[None, :])
         tl.store(byte_at, bytes, mask=exists & (byte < mask_width)[None, :])
+
+
+@triton.jit
+def _halves(acc):
+    """The left and the right columns."""
+    return acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
 
 
 # ---- rows times a small matrix ---------------------------------------------------------------------------------------
@@ -187,14 +249,18 @@ def _finish(
 @triton.jit(do_not_specialize=SCALARS)
 def _rows_kernel(
     a_ptr,  # [rows, inner]
+    norm_ptr,  # [3, inner], or None: how a is normalised
     mask_ptr,  # bits over a, or None
     b_ptr,
     a2_ptr,  # [rows, inner2], or None
+    norm2_ptr,  # [3, inner2], or None: how a2 of the first output is normalised, which is 0 where that is not active
     b2_ptr,
     shift_ptr,  # [cols]
     residual_ptr,  # [rows, cols], or None
+    residual_mask_ptr,  # bits over residual, or None
     out_ptr,  # [rows, cols]
     out_mask_ptr,  # bits over out, or None
+    sums_ptr,  # [tiles of rows, 2, cols], or None: sums of the first output, and of it times a2 less its mean
     other_b_ptr,  # of the second output, which shares a and its mask; all None without it
     other_a2_ptr,
     other_b2_ptr,
@@ -242,6 +308,7 @@ def _rows_kernel(
     tile = tl.program_id(0) % (tiles + tiles2)
     block = tl.program_id(0) // (tiles + tiles2)
     cols = units_out * ALIGN_OUT
+    second = None
     if other_out_ptr is not None:
         second = tile >= tiles
         tile = tl.where(second, tile - tiles, tile)
@@ -267,6 +334,8 @@ def _rows_kernel(
     acc = _multiply_rows(
         acc,
         a_ptr,
+        norm_ptr,
+        None,
         mask_ptr,
         b_ptr,
         first,
@@ -289,6 +358,8 @@ def _rows_kernel(
         acc = _multiply_rows(
             acc,
             a2_ptr,
+            norm2_ptr,
+            second,
             None,
             b2_ptr,
             first,
@@ -307,28 +378,37 @@ def _rows_kernel(
             BLOCK_I,
         )
     to = (pixel if STRIDED_OUT else first.to(tl.int64)) * cols
-    to_mask = first.to(tl.int64) * (units_out * (ALIGN_OUT // 8))
+    if sums_ptr is not None:
+        sums_ptr += block.to(tl.int64) * (2 * cols)
     out_rows = pixels if STRIDED_OUT else local
     # a tile in pieces, where all of it at once would take too many registers
     pieces = (acc,)
-    if PIECES == 2:
-        pieces = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+    if PIECES >= 2:
+        pieces = _halves(acc)
+    if PIECES == 4:
+        pieces = _halves(pieces[0]) + _halves(pieces[1])
     for piece in tl.static_range(PIECES):
         first_col = tile * BLOCK_N + piece * (BLOCK_N // PIECES)
         _finish(
             pieces[piece],
             shift_ptr,
             residual_ptr,
+            residual_mask_ptr,
+            a2_ptr,
+            norm2_ptr,
+            second,
             out_ptr,
             out_mask_ptr,
+            sums_ptr,
+            first,
             to,
-            to_mask,
             local,
             out_rows,
             left,
             first_col,
             cols,
-            units_out * (ALIGN_OUT // 8),
+            units_out,
+            ALIGN_OUT,
             RELU,
             EVEN_COLS,
             BLOCK_M,
@@ -377,6 +457,8 @@ def _tile_of(tile, tiles):
 @triton.jit
 def _load_rows(
     ptr,
+    norm_ptr,
+    plain,
     first,
     local,
     inside,
@@ -394,7 +476,11 @@ def _load_rows(
     cols = units * ALIGN
     pixel, pixels = _pixels_of(first, local, height, width, stride, out_height, out_width, STRIDED)
     at = (ptr + pixel * cols) + (pixels[:, None] * cols + col[None, :])
-    return tl.load(at, mask=inside[:, None] if EVEN_COLS else inside[:, None] & (col < cols)[None, :], other=0.0)
+    y = tl.load(at, mask=inside[:, None] if EVEN_COLS else inside[:, None] & (col < cols)[None, :], other=0.0)
+    if norm_ptr is not None:
+        _, y = _activated(y, norm_ptr, col, cols, plain, EVEN_COLS)
+        y = tl.where(inside[:, None], y, 0.0).to(y.dtype)
+    return y
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -402,6 +488,7 @@ def _columns_kernel(
     a_ptr,  # [rows, M]
     mask_ptr,  # bits over a, or None
     b_ptr,  # [rows, N]; None: column sums only
+    norm_ptr,  # [3, N], or None: how b is normalised, and a where SYMMETRIC
     b2_ptr,  # [rows, N2], or None
     origin_ptr,  # [M], or None: what is subtracted from a and b
     g_ptr,  # [rows, M], or None: masked a
@@ -449,6 +536,7 @@ def _columns_kernel(
     m = units * ALIGN
     width_all = units2 * ALIGN2  # of the partial results
     before = 0
+    second = None
     if b2_ptr is not None:
         width_all += units_other * ALIGN2
         second = j >= tiles2
@@ -476,6 +564,8 @@ def _columns_kernel(
         inside = local < count
         a = _load_rows(
             a_ptr,
+            norm_ptr if SYMMETRIC else None,
+            None,
             begin,
             local,
             inside,
@@ -493,6 +583,8 @@ def _columns_kernel(
         if b_ptr is not None and not SINGLE:
             b = _load_rows(
                 b_ptr,
+                norm_ptr,
+                second,
                 begin,
                 local,
                 inside,
@@ -549,6 +641,7 @@ def _columns_kernel(
 @triton.jit
 def _origin_kernel(
     y_ptr,
+    norm_ptr,  # [3, C], or None
     origin_ptr,  # [C]
     rows,
     channels,
@@ -566,6 +659,8 @@ def _origin_kernel(
     inside = local < rows
     y = _load_rows(
         y_ptr,
+        norm_ptr,
+        None,
         tl.program_id(0) * 0,
         local,
         inside,
@@ -589,11 +684,12 @@ def _combine_kernel(
     partial_ptr,  # [splits, M, N + N2], or None
     sums_ptr,  # [splits, M]
     origin_ptr,  # [M], or None
-    vector_ptr,  # [M] float64: the column sums, or the means where SYMMETRIC
+    vector_ptr,  # [M] float64: the column sums, or the means where SYMMETRIC; without products [groups, M]
     out_ptr,  # [M, N] float64
     out2_ptr,  # [M, N2] float64, or None
     rows,
     splits,
+    group,  # parts that a program adds, without products
     m,
     units,  # N = units * ALIGN
     units2,  # N2 = units2 * ALIGN
@@ -602,7 +698,7 @@ def _combine_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Adds partial results, each program a part of a row; or, without products, the column sums alone."""
+    """Adds partial results, each program a part of a row; or, without products, the column sums of a group of them."""
     n = units * ALIGN
     n2 = units2 * ALIGN
     width = (units + units2) * ALIGN
@@ -612,14 +708,18 @@ def _combine_kernel(
     part = tl.arange(0, BLOCK_P)[:, None]
     exists = col < width
     parts = splits
+    before = 0
+    if partial_ptr is None:
+        before = i * group
+        parts = tl.minimum(splits, before + group)
     if SYMMETRIC:
         exists = exists & (col >= i)
         parts = tl.where(tl.program_id(0) % blocks * BLOCK_N + BLOCK_N > i, splits, 0)
     total = tl.zeros([BLOCK_P, BLOCK_N], tl.float64)
     sum_i = tl.zeros([BLOCK_P, 1], tl.float64)
     sum_j = tl.zeros([BLOCK_P, BLOCK_N], tl.float64)
-    for p in range(0, parts, BLOCK_P):
-        here = p + part < splits
+    for p in range(before, parts, BLOCK_P):
+        here = p + part < parts
         at = (p + part).to(tl.int64) * m
         if partial_ptr is not None:
             partial = tl.load(partial_ptr + (at + i) * width + col, mask=here & exists, other=0.0)
@@ -640,7 +740,7 @@ def _combine_kernel(
         tl.store(out_ptr + col.to(tl.int64) * n + i, total, mask=exists & (col > i))
         tl.store(vector_ptr + col, mean, mask=exists & (col == i))
     elif partial_ptr is None:
-        tl.store(vector_ptr + col, sum_j, mask=exists)
+        tl.store(vector_ptr + i.to(tl.int64) * width + col, sum_j, mask=exists)
     else:
         tl.store(out_ptr + i.to(tl.int64) * n + col, total, mask=col < n)
         if out2_ptr is not None:
@@ -660,7 +760,7 @@ class Tile(NamedTuple):
     inner: int
     threads: int
     stages: int
-    pieces: int = 1  # of the epilogue of ``_rows_kernel``
+    pieces: int = 1  # of the epilogue of ``_rows_kernel``: 1, 2 or 4
     resident: int = 1  # programs per processor, which decide how many chunks of rows there are
 
 
@@ -713,6 +813,22 @@ REDUCE_TILES = {
     ("gfx9", 8): (Tile(64, 32, 16, 256, 2),) * 2,
     ("other", 8): (Tile(32, 32, 16, 128, 3, resident=2),) * 2,
 }
+# With a norm, whose vectors and wide values take registers.
+NORM_APPLY_TILES = APPLY_TILES | {
+    ("sm80", 2): (Tile(128, 64, 64, 256, 3), Tile(128, 128, 32, 256, 4, 2)),
+    ("sm90", 2): (Tile(128, 64, 64, 256, 3), Tile(128, 128, 64, 256, 3, 2)),
+    ("sm100", 2): (Tile(128, 64, 64, 256, 3), Tile(128, 128, 64, 256, 3, 2)),
+    ("gfx9", 2): (Tile(128, 64, 32, 256, 2), Tile(128, 128, 32, 256, 2, 2)),
+}
+NORM_BACKWARD_TILES = BACKWARD_TILES | {
+    ("sm90", 2): (Tile(128, 64, 64, 256, 3), Tile(128, 256, 64, 256, 4, 4)),
+    ("sm100", 2): (Tile(128, 64, 64, 256, 3), Tile(128, 256, 64, 256, 3, 4)),
+    ("gfx9", 2): (Tile(128, 64, 32, 256, 2), Tile(128, 128, 32, 256, 2, 2)),
+}
+NORM_MOMENTS_TILES = MOMENTS_TILES | {
+    ("sm80", 2): (Tile(64, 64, 64, 128, 4, resident=2), Tile(128, 128, 32, 256, 4)),
+    ("sm90", 2): (Tile(64, 64, 64, 256, 4, resident=2), Tile(128, 128, 32, 256, 6)),
+}
 BALANCE = 128  # products per element moved, from which arithmetic decides the time of ``_rows_kernel``
 NARROW = 64  # columns of y, up to which memory decides that of ``_columns_kernel``
 FLOAT64_TENSOR_CORES = (
@@ -731,6 +847,7 @@ MOMENTS_CHUNK_ROWS, REDUCE_CHUNK_ROWS = 4096, 8192
 WIDE_ROWS = 2**31  # from which rows are counted in 64 bits
 ORIGIN_ROWS = 128
 COMBINE_PARTS, COMBINE_ELEMENTS = 32, 2048  # of a block that a program adds
+COMBINE_AT_ONCE, COMBINE_GROUP = 256, 64  # sums of tiles: from how many on they are first added in groups
 MASK_BLOCK = 2048
 
 Tiles = dict[tuple[str, int], tuple[Tile, Tile]]
@@ -843,6 +960,13 @@ def _check_pair(y: Operand, y2: Operand | None) -> None:
             raise RuntimeError("y and y2 must have the same pixels")
 
 
+def _check_norm(y: Tensor, norm: Tensor | None, stride: int) -> None:
+    _check(y, norm, (3, y.size(1)), "norm")
+    _check_dtype(wide_dtype(y), norm)
+    if norm is not None and stride != 1:
+        raise RuntimeError("norm goes with stride 1")
+
+
 def _operand(y: Tensor | None, stride: int) -> Operand | None:
     return None if y is None else Operand(y, stride)
 
@@ -865,6 +989,7 @@ def _options(tile: Tile, device: common.Device, dtype: torch.dtype, inner: int) 
 
 def conv1x1_bn_act_apply(
     y: Tensor,
+    norm: Tensor | None,
     folded: Tensor,
     shift: Tensor,
     stride: int,
@@ -872,25 +997,34 @@ def conv1x1_bn_act_apply(
     folded2: Tensor | None,
     stride2: int,
     residual: Tensor | None,
+    residual_mask: Tensor | None,
     relu: bool,
     save_mask: bool,
 ) -> tuple[Tensor, Tensor]:
     """``act(Y folded^T [+ Y2 folded2^T] + shift [+ residual])`` and its mask, empty unless asked for.
+
+    With ``norm`` (mean, scale, shift), Y is y normalised, also in the other three. The residual counts where its bit in
+    ``residual_mask`` is set.
 
     Raises:
         RuntimeError: tensors that do not fit together.
     """
     a, a2 = Operand(y, stride), _operand(y2, stride2)
     _check_pair(a, a2)
+    _check_norm(y, norm, stride)
     (n, h, w), k = a.out_size, folded.size(0)
     _check(y, folded, (k, a.channels), "folded")
     _check(y, folded2, (k, a2.channels if a2 else 0), "folded2")
     _check(y, shift, (k,), "shift")
     _check(y, residual, (n, k, h, w), "residual")
+    _check(y, residual_mask, (_mask_bytes(n * k * h * w),), "residual_mask")
     _check_dtype(y.dtype, folded, folded2, residual)
+    _check_dtype(torch.uint8, residual_mask)
     _check_dtype(wide_dtype(y), shift)
     if (y2 is None) != (folded2 is None):
         raise RuntimeError("y2 and folded2 go together")
+    if residual is None and residual_mask is not None:
+        raise RuntimeError("residual_mask goes with residual")
     out = _empty(y, n, k, h, w)
     mask = y.new_empty(_mask_bytes(out.numel()) if save_mask else 0, dtype=torch.uint8)
     if not out.numel():
@@ -901,18 +1035,23 @@ def conv1x1_bn_act_apply(
         inner = a.channels + (a2.channels if a2 else 0)
         align, align2, align_out = _align(a.channels), _align(a2.channels if a2 else 0), _align(k)
         narrowest = min(align, align2, align_out)
-        tile = _tile(APPLY_TILES, device, y.element_size(), _computes(inner, k), narrowest)
+        table = APPLY_TILES if norm is None else NORM_APPLY_TILES
+        tile = _tile(table, device, y.element_size(), _computes(inner, k), narrowest)
         tiles = triton.cdiv(k, tile.n)
         _rows_kernel[(triton.cdiv(a.rows, tile.m) * tiles,)](
             y,
+            norm,
             None,
             folded,
             y2,
+            None,
             folded2,
             shift,
             residual,
+            residual_mask,
             out,
             mask if in_kernel else None,
+            None,
             *[None] * 5,
             rows=a.rows,
             units=a.channels // align,
@@ -951,6 +1090,7 @@ def conv1x1_bn_act_backward_apply(
     dy: Tensor,
     mask: Tensor | None,
     y: Tensor,
+    norm: Tensor | None,
     folded: Tensor,
     mixing: Tensor,
     offset: Tensor,
@@ -962,24 +1102,28 @@ def conv1x1_bn_act_backward_apply(
     stride2: int,
     need_dx: bool,
     need_dx2: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """``g folded + Y mixing + offset`` at the pixels of the stride, 0 elsewhere; the same of y2. Empty: not asked for.
+
+    With ``norm``, dx is 0 where Y is not positive, and the third result, else empty, has the sums per channel of dx and
+    of ``dx * (y - mean)``, (2, C) in float64.
 
     Raises:
         RuntimeError: tensors that do not fit together.
     """
     first, second = Operand(y, stride), _operand(y2, stride2)
     _check_pair(first, second)
+    _check_norm(y, norm, stride)
     (n, h, w), k = first.out_size, folded.size(0)
     _check(y, dy, (n, k, h, w), "dy")
     _check(y, mask, (_mask_bytes(dy.numel()),), "mask")
     _check_dtype(torch.uint8, mask)
     _check_dtype(y.dtype, dy)
-    outputs: list[tuple[Operand, Tensor, Tensor, Tensor, Tensor]] = []
+    outputs: list[tuple[Operand, Tensor | None, Tensor, Tensor, Tensor, Tensor]] = []
     results = []
-    for operand, needed, matrices in (
-        (first, need_dx, (folded, mixing, offset)),
-        (second, need_dx2, (folded2, mixing2, offset2)),
+    for operand, needed, of_operand, matrices in (
+        (first, need_dx, norm, (folded, mixing, offset)),
+        (second, need_dx2, None, (folded2, mixing2, offset2)),
     ):
         if operand is None or not needed:
             results.append(y.new_empty(0))
@@ -993,31 +1137,42 @@ def conv1x1_bn_act_backward_apply(
         _check_dtype(y.dtype, *matrices[:2])
         _check_dtype(wide_dtype(y), matrices[2])
         results.append(_empty(y, operand.tensor.size(0), c, *operand.tensor.shape[2:]))
-        outputs.append((operand, *matrices, results[-1]))
+        outputs.append((operand, of_operand, *matrices, results[-1]))
     outputs = [output for output in outputs if output[-1].numel()]
+    wants_sums = norm is not None and need_dx
+    sums = y.new_empty((2, first.channels) if wants_sums else 0, dtype=torch.float64)
+    if not results[0].numel():
+        sums.zero_()
     if not outputs:
-        return results[0], results[1]
-    (operand, *matrices, dx), other = outputs[0], outputs[1] if len(outputs) == 2 else None
+        return results[0], results[1], sums
+    (operand, norm, *matrices, dx), other = outputs[0], outputs[1] if len(outputs) == 2 else None
     operands = [output[0] for output in outputs]
     widths = [o.channels for o in operands]
     with torch.cuda.device_of(y):
         device = common.device_of(y)
         c = min(widths)  # a tile wider than an output is wasted on it
         align, align2 = _align(k), _align(*widths)
-        tile = _tile(BACKWARD_TILES, device, y.element_size(), _computes(k + c, c), min(align, align2))
+        table = BACKWARD_TILES if norm is None else NORM_BACKWARD_TILES
+        tile = _tile(table, device, y.element_size(), _computes(k + c, c), min(align, align2))
         tiles = [triton.cdiv(width, tile.n) for width in widths]
         strided = _strided(*operands)
-        _rows_kernel[(triton.cdiv(operand.rows, tile.m) * sum(tiles),)](
+        blocks = triton.cdiv(operand.rows, tile.m)
+        of_tiles = None if norm is None else y.new_empty((blocks, 2 * widths[0]), dtype=wide_dtype(y))
+        _rows_kernel[(blocks * sum(tiles),)](
             dy,
+            None,
             mask,
             matrices[0],
             operand.tensor,
+            norm,
             matrices[1],
             matrices[2],
             None,
+            None,
             dx,
             None,
-            *((other[1], other[0].tensor, other[2], other[3], other[4]) if other else [None] * 5),
+            of_tiles,
+            *((other[2], other[0].tensor, *other[3:]) if other else [None] * 5),
             rows=operand.rows,
             units=k // align,
             units2=widths[0] // align2,
@@ -1044,7 +1199,9 @@ def conv1x1_bn_act_backward_apply(
             EVEN_COLS=all(width % tile.n == 0 for width in widths),
             **_options(tile, device, y.dtype, max(k, *widths)),
         )
-    return results[0], results[1]
+        if of_tiles is not None:
+            _add_sums(of_tiles, sums)
+    return results[0], results[1], sums
 
 
 @functools.lru_cache(maxsize=4096)
@@ -1055,11 +1212,62 @@ def _chunk_rows(rows: int, tiles: int, tile: Tile, processors: int, most: int) -
     return triton.cdiv(wanted, tile.inner) * tile.inner
 
 
+def _combine(
+    partial: Tensor | None,
+    sums: Tensor,
+    origin: Tensor | None,
+    vector: Tensor,
+    out: Tensor | None,
+    out2: Tensor | None,
+    rows: int,
+    widths: list[int],  # of out and out2; without them, of vector
+    symmetric: bool,
+    group: int | None = None,
+) -> None:
+    """Launches ``_combine_kernel``, which fills vector, out and out2."""
+    parts, m = sums.shape
+    group = group or parts
+    align = _align(*widths)
+    block_p = min(COMBINE_PARTS, triton.next_power_of_2(group))
+    block_n = min(COMBINE_ELEMENTS // block_p, max(16, triton.next_power_of_2(sum(widths))))
+    blocks = triton.cdiv(sum(widths), block_n) * (triton.cdiv(parts, group) if partial is None else m)
+    _combine_kernel[(blocks,)](
+        partial,
+        sums,
+        origin,
+        vector,
+        out,
+        out2,
+        rows=rows,
+        splits=parts,
+        group=group,
+        m=m,
+        units=widths[0] // align,
+        units2=sum(widths[1:]) // align,
+        SYMMETRIC=symmetric,
+        ALIGN=align,
+        BLOCK_P=block_p,
+        BLOCK_N=block_n,
+        **launch_options(128),
+    )
+
+
+def _add_sums(parts: Tensor, total: Tensor) -> None:
+    """Adds the rows of parts, in groups while they are many: one program would wait for one load after the other."""
+    m = parts.size(1)
+    while parts.size(0) > COMBINE_AT_ONCE:
+        groups = parts.new_empty((triton.cdiv(parts.size(0), COMBINE_GROUP), m), dtype=torch.float64)
+        _combine(None, parts, None, groups, None, None, 0, [m], False, COMBINE_GROUP)
+        parts = groups
+    _combine(None, parts, None, total, None, None, 0, [m], False)
+
+
 def _columns(
     a: Tensor,
     a_width: int,
     mask: Tensor | None,
     b: Operand,
+    norm: Tensor | None,
     b2: Operand | None,
     g: Tensor | None,
     vector: Tensor,
@@ -1075,7 +1283,8 @@ def _columns(
     exact = y.dtype == torch.float64 or (
         symmetric and y.dtype == torch.float32 and device.arch.split(":")[0] in FLOAT64_TENSOR_CORES
     )
-    table = MOMENTS_TILES if symmetric else REDUCE_TILES
+    of_moments = MOMENTS_TILES if norm is None else NORM_MOMENTS_TILES
+    table = of_moments if symmetric else REDUCE_TILES
     align, align2 = _align(a_width), _align(*widths)
     itemsize = 8 if exact else y.element_size()
     tile = _tile(table, device, itemsize, b.channels > NARROW, min(align, align2))
@@ -1091,13 +1300,14 @@ def _columns(
     origin = y.new_empty(a_width, dtype=torch.float32) if shifted else None
     if origin is not None:
         _origin_kernel[(triton.cdiv(a_width, 32),)](
-            y, origin, rows, a_width, *b.geometry, h, w, ROWS=ORIGIN_ROWS, BLOCK_C=32, **launch_options(128)
+            y, norm, origin, rows, a_width, *b.geometry, h, w, ROWS=ORIGIN_ROWS, BLOCK_C=32, **launch_options(128)
         )
     second = b2 if len(widths) == 2 else None
     _columns_kernel[(tiles * splits,)](
         a,
         mask,
         y if widths else None,
+        norm if widths else None,
         second.tensor if second else None,
         origin,
         g,
@@ -1115,8 +1325,8 @@ def _columns(
         **_geometry("", b),
         **_geometry("2", second),
         SYMMETRIC=symmetric,
-        # elsewhere the compiler keeps only one use of a load asynchronous
-        SINGLE=symmetric and tiles == 1 and not exact and _arch(device) in ("sm90", "sm100"),
+        # elsewhere the compiler keeps only one use of a load asynchronous, which is enough with a norm
+        SINGLE=symmetric and tiles == 1 and not exact and (norm is not None or _arch(device) in ("sm90", "sm100")),
         STRIDED=_strided(b, second),
         WIDE=rows + chunk_rows >= WIDE_ROWS,
         ALIGN=align,
@@ -1132,38 +1342,17 @@ def _columns(
         num_stages=tile.stages,
         **launch_options(tile.threads),
     )
-    added = widths or [a_width]  # without products, the sums of all columns
-    align = _align(*added)
-    block_p = min(COMBINE_PARTS, triton.next_power_of_2(splits))
-    block_n = min(COMBINE_ELEMENTS // block_p, max(16, triton.next_power_of_2(sum(added))))
-    blocks = triton.cdiv(sum(added), block_n) * (a_width if widths else 1)
-    _combine_kernel[(blocks,)](
-        partial,
-        sums,
-        origin,
-        vector,
-        out,
-        out2,
-        rows=rows,
-        splits=splits,
-        m=a_width,
-        units=added[0] // align,
-        units2=sum(added[1:]) // align,
-        SYMMETRIC=symmetric,
-        ALIGN=align,
-        BLOCK_P=block_p,
-        BLOCK_N=block_n,
-        **launch_options(128),
-    )
+    _combine(partial, sums, origin, vector, out, out2, rows, widths or [a_width], symmetric)
 
 
-def conv1x1_moments(y: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+def conv1x1_moments(y: Tensor, norm: Tensor | None, stride: int) -> tuple[Tensor, Tensor]:
     """Mean (C,) and the sum of products of centred channels (C, C), float64, over the pixels of the stride.
 
     Raises:
-        RuntimeError: y is not channels_last.
+        RuntimeError: y is not channels_last, or norm does not fit it.
     """
     _check_y(y, stride)
+    _check_norm(y, norm, stride)
     operand = Operand(y, stride)
     c = operand.channels
     mean, cov = y.new_empty(c, dtype=torch.float64), y.new_empty((c, c), dtype=torch.float64)
@@ -1171,7 +1360,7 @@ def conv1x1_moments(y: Tensor, stride: int) -> tuple[Tensor, Tensor]:
         return mean.fill_(float("nan")), cov.zero_()
     if c:
         with torch.cuda.device_of(y):
-            _columns(y, c, None, operand, None, None, mean, cov, None, True)
+            _columns(y, c, None, operand, norm, None, None, mean, cov, None, True)
     return mean, cov
 
 
@@ -1179,6 +1368,7 @@ def conv1x1_bn_act_backward_reduce(
     dy: Tensor,
     mask: Tensor | None,
     y: Tensor,
+    norm: Tensor | None,
     stride: int,
     y2: Tensor | None,
     stride2: int,
@@ -1192,6 +1382,7 @@ def conv1x1_bn_act_backward_reduce(
     """
     operand, second = Operand(y, stride), _operand(y2, stride2)
     _check_pair(operand, second)
+    _check_norm(y, norm, stride)
     (n, h, w), k = operand.out_size, dy.size(1)
     _check(y, dy, (n, k, h, w), "dy")
     _check(y, mask, (_mask_bytes(dy.numel()),), "mask")
@@ -1210,6 +1401,7 @@ def conv1x1_bn_act_backward_reduce(
             k,
             mask,
             operand,
+            norm,
             second,
             g if need_g else None,
             sum_g,

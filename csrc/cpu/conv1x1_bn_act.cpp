@@ -65,9 +65,38 @@ FUSEDRES_INLINE void put_vectors(T* to, const V (&values)[kVectors], int64_t col
   }
 }
 
+// What is made of the products: with the residual, with what its mask keeps of it, or the gradient of an activation.
+enum class Finish { add, add_kept, gradient };
+
+template <class T, bool kFull, bool kStream, class Vec, int kHeight, int kVectors>
+FUSEDRES_INLINE void finish_gradient(
+    const MultiplyArgs<T>& a, int64_t row, int64_t c0, Vec (&gradients)[kHeight][kVectors]) {
+  const int64_t width = (a.columns + kLanes - 1) / kLanes * kLanes;
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t c = c0 + v * kLanes, n = a.columns - c;
+    const auto p = norm_params(a.norm, c);
+    const Vec shift = load(a.shift + c);
+    Vec sum, weighted;
+#pragma GCC unroll 8
+    for (int u = 0; u < kHeight; ++u) {
+      const Vec x = get<kFull>(a.x + (row + u) * a.columns + c, static_cast<int>(n < kLanes ? n : kLanes));
+      const Vec centred = x - p[Slots<false>::mean];
+      const Vec dx = rounded<T>(keep(positive<T>(normalised(p, x)), gradients[u][v] + shift));
+      sum = u ? sum + dx : dx;
+      weighted = u ? fma(dx, centred, weighted) : dx * centred;
+      gradients[u][v] = dx;
+    }
+    add_to(a.sums + c, to_double(sum));
+    add_to(a.sums + width + c, to_double(weighted));
+  }
+#pragma GCC unroll 8
+  for (int u = 0; u < kHeight; ++u) put_vectors<kFull, kStream>(a.out[row + u] + c0, gradients[u], a.columns - c0);
+}
+
 constexpr int64_t kInnerChain = 256;
 
-template <class T, class M, int kHeight, int kVectors, bool kFull, bool kStream>
+template <class T, class M, int kHeight, int kVectors, bool kFull, bool kStream, Finish kFinish>
 FUSEDRES_INLINE void multiply_rows(const MultiplyArgs<T>& a, int64_t row, int64_t c0) {
   using Element = typename M::Element;
   using Vec = typename M::Vec;
@@ -86,12 +115,27 @@ FUSEDRES_INLINE void multiply_rows(const MultiplyArgs<T>& a, int64_t row, int64_
     }
   }
   const Element* rows[kHeight];
+  constexpr int64_t kLine = 64 / (M::kRows * sizeof(T));
+  const char* near = nullptr;
+  const auto bring_near = [&near](int64_t s) {
+    if (s % kLine) return;
+#pragma GCC unroll 8
+    for (int u = 0; u < kHeight; ++u) __builtin_prefetch(near + u * 64);
+    near += kHeight * 64;
+  };
   if (a.steps2) {  // first, for in the backward it is the smaller part: fewer digits are lost
     for (int u = 0; u < kHeight; ++u) rows[u] = static_cast<const Element*>(a.a2[row + u]);
-    multiply_tile<M>(rows, 1, panel + a.steps1 * kPanelColumns<M>, a.steps2, sums);
+    const Element* const b = panel + a.steps1 * kPanelColumns<M>;
+    if (c0 == 0 && a.next2) {
+      near = reinterpret_cast<const char*>(a.next2 + row * a.width2);
+      multiply_tile<M>(rows, 1, b, a.steps2, sums, bring_near);
+    } else {
+      multiply_tile<M>(rows, 1, b, a.steps2, sums);
+    }
   }
   for (int u = 0; u < kHeight; ++u) rows[u] = static_cast<const Element*>(a.a1[row + u]);
   const bool has_next = c0 == 0 && row + 2 * kHeight <= a.count;
+  near = c0 == 0 && a.next1 ? reinterpret_cast<const char*>(a.next1 + row * a.width1) : nullptr;
   Vec total[kHeight][kVectors] = {};
   for (int64_t first = 0; first < a.steps1; first += kInnerChain) {
     const int64_t steps = std::min(kInnerChain, a.steps1 - first);
@@ -104,8 +148,9 @@ FUSEDRES_INLINE void multiply_rows(const MultiplyArgs<T>& a, int64_t row, int64_
       }
     }
     const Element* const b = panel + first * kPanelColumns<M>;
-    if (has_next) {
-      constexpr int64_t kLine = 64 / sizeof(Element);
+    if (near) {
+      multiply_tile<M>(rows, 1, b, steps, sums, bring_near);
+    } else if (has_next) {
       multiply_tile<M>(rows, 1, b, steps, sums, [&](int64_t s) {
         if (s % kLine) return;
 #pragma GCC unroll 8
@@ -123,11 +168,11 @@ FUSEDRES_INLINE void multiply_rows(const MultiplyArgs<T>& a, int64_t row, int64_
       for (int v = 0; v < kVectors; ++v) sums[u][v] = total[u][v] + sums[u][v];
     }
   }
+  if constexpr (kFinish == Finish::gradient) return finish_gradient<T, kFull, kStream>(a, row, c0, sums);
 #pragma GCC unroll 8
   for (int u = 0; u < kHeight; ++u) {
     const T* residual = a.residual ? a.residual[row + u] + c0 : nullptr;
     const int64_t word = ((row + u) * a.columns + c0) / kLanes;
-    const uint16_t* residual_words = a.residual_mask ? a.residual_mask + word : nullptr;
     uint16_t* words = a.mask ? a.mask + word : nullptr;
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
@@ -135,7 +180,7 @@ FUSEDRES_INLINE void multiply_rows(const MultiplyArgs<T>& a, int64_t row, int64_
       const int64_t n = columns - v * kLanes;
       if (residual) {
         Vec x = get<kFull>(residual + v * kLanes, static_cast<int>(n < kLanes ? n : kLanes));
-        if (kFull && residual_words) x = keep(mask_from_bits(residual_words[v], x), x);
+        if constexpr (kFinish == Finish::add_kept) x = keep(mask_from_bits(a.residual_mask[word + v], x), x);
         y = y + x;
       }
       if (a.relu) {
@@ -149,76 +194,34 @@ FUSEDRES_INLINE void multiply_rows(const MultiplyArgs<T>& a, int64_t row, int64_
   }
 }
 
-template <class T, class M, bool kFull, bool kStream>
+template <class T, class M, bool kFull, bool kStream, Finish kFinish>
 void multiply_block(const MultiplyArgs<T>& a) {
   for (int64_t c0 = 0; c0 < a.columns; c0 += kPanelColumns<M>) {
     with_vectors<M>(a.columns - c0, [&]<int kVectors>(std::integral_constant<int, kVectors>) {
       int64_t row = 0;
       for (; row + M::kHeight <= a.count; row += M::kHeight) {
-        multiply_rows<T, M, M::kHeight, kVectors, kFull, kStream>(a, row, c0);
+        multiply_rows<T, M, M::kHeight, kVectors, kFull, kStream, kFinish>(a, row, c0);
       }
-      for (; row < a.count; ++row) multiply_rows<T, M, 1, kVectors, kFull, kStream>(a, row, c0);
+      for (; row < a.count; ++row) multiply_rows<T, M, 1, kVectors, kFull, kStream, kFinish>(a, row, c0);
     });
   }
   finish_streams(kStream);
+}
+
+template <class T, class M, Finish kFinish>
+void multiply_and(const MultiplyArgs<T>& a) {
+  if constexpr (kFinish != Finish::add_kept) {
+    if (a.columns % kLanes) return multiply_block<T, M, false, false, kFinish>(a);
+  }
+  if (kHasStreams && a.stream) return multiply_block<T, M, true, kHasStreams, kFinish>(a);
+  multiply_block<T, M, true, false, kFinish>(a);
 }
 
 template <class T, class M>
 void multiply(const MultiplyArgs<T>& a) {
-  if (a.columns % kLanes) return multiply_block<T, M, false, false>(a);
-  if (kHasStreams && a.stream) return multiply_block<T, M, true, kHasStreams>(a);
-  multiply_block<T, M, true, false>(a);
-}
-
-template <class T, class M, int kVectors, bool kFull, bool kStream>
-FUSEDRES_INLINE void gradient_columns(const ActivationGradientArgs<T> a, int64_t c0) {
-  using Slot = Slots<false>;
-  using Vec = typename Compute<T>::Vec;
-  const int64_t columns = a.width - c0;
-  decltype(norm_params(a.norm, c0)) params[kVectors];
-  Vec sums[kVectors][2];
-#pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) {
-    params[v] = norm_params(a.norm, c0 + v * kLanes);
-    sums[v][0] = sums[v][1] = M::zero();
-  }
-  for (int64_t r = 0; r < a.count; ++r) {
-    const int64_t i = r * a.width + c0;
-    Vec dx[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t rest = columns - v * kLanes;
-      const int n = static_cast<int>(rest < kLanes ? rest : kLanes);
-      const Vec x = get<kFull>(a.x + i + v * kLanes, n), gradient = get<kFull>(a.gradient + i + v * kLanes, n);
-      dx[v] = keep(positive<T>(normalised(params[v], x)), gradient);
-      sums[v][0] = sums[v][0] + dx[v];
-      sums[v][1] = fma(dx[v], x - params[v][Slot::mean], sums[v][1]);
-    }
-    put_vectors<kFull, kStream>(a.dx + i, dx, columns);
-  }
-  const int64_t width = (a.width + kLanes - 1) / kLanes * kLanes;
-#pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) {
-    add_to(a.sums + c0 + v * kLanes, to_double(sums[v][0]));
-    add_to(a.sums + width + c0 + v * kLanes, to_double(sums[v][1]));
-  }
-}
-
-template <class T, class M, bool kFull, bool kStream>
-void gradient_rows(const ActivationGradientArgs<T>& a) {
-  for (int64_t c0 = 0; c0 < a.width; c0 += kPanelColumns<M>) {
-    with_vectors<M>(a.width - c0, [&]<int kVectors>(std::integral_constant<int, kVectors>) {
-      gradient_columns<T, M, kVectors, kFull, kStream>(a, c0);
-    });
-  }
-  finish_streams(kStream);
-}
-
-template <class T, class M>
-void activation_gradient(const ActivationGradientArgs<T>& a) {
-  if (a.width % kLanes) return gradient_rows<T, M, false, false>(a);
-  if (kHasStreams && a.stream) return gradient_rows<T, M, true, kHasStreams>(a);
-  gradient_rows<T, M, true, false>(a);
+  if (a.x) return multiply_and<T, M, Finish::gradient>(a);
+  if (a.residual_mask) return multiply_and<T, M, Finish::add_kept>(a);
+  multiply_and<T, M, Finish::add>(a);
 }
 
 template <class T>
@@ -243,7 +246,6 @@ const Conv1x1Kernels<T>& conv1x1_kernels() {
       widen<T, M>,
       pack<T, M>,
       multiply<T, M>,
-      activation_gradient<T, M>,
       products<M>,
       {kPanelColumns<Moments>, Moments::kRows, sizeof(typename Moments::Element)},
       pack<T, Moments>,
@@ -686,7 +688,7 @@ void multiply_all(
   // The rows of a block are a multiple of kLanes, so that its mask is of whole words.
   for_each_task(split.parts, count * columns, [&](int64_t task) {
     const int64_t block = kApplyRows * columns;
-    int64_t bytes = 2 * block * sizeof(T);
+    int64_t bytes = block * sizeof(T);
     for (int s = 0; s < 2; ++s) {
       bytes += kApplyRows * (steps[s] * shape.element_size + 64 + (sources[s].mask ? sources[s].width * sizeof(T) : 0));
     }
@@ -695,7 +697,6 @@ void multiply_all(
     const T** const rows = mine.take<const T*>(kApplyRows);
     T** const to = mine.take<T*>(kApplyRows);
     T* const masked_residual = residual_mask && !whole_words ? mine.take<T>(block) : nullptr;
-    T* const gradient = sums ? mine.take<T>(block) : nullptr;
     double* const task_sums = sums ? sums + task * 2 * padded(columns) : nullptr;
     if (sums) std::fill(task_sums, task_sums + 2 * padded(columns), 0.0);
     T* masked[2];
@@ -709,6 +710,7 @@ void multiply_all(
     const int64_t end = std::min((task + 1) * split.rows, count);
     for (int64_t row = task * split.rows; row < end; row += kApplyRows) {
       const int64_t size = std::min(kApplyRows, end - row);
+      const T* next[] = {nullptr, nullptr};
       for (int s = 0; s < 2; ++s) {
         const Source<T>& source = sources[s];
         if (!source.data) continue;
@@ -725,6 +727,10 @@ void multiply_all(
         if (widens) {
           kernels.widen({rows, size, source.width, widened[s], row_bytes[s], source.shift, source.norm});
         }
+        const bool adjacent = source.pixels->stride == 1;
+        if ((widens || source.mask) && adjacent && row + kApplyRows + size <= count) {
+          next[s] = source.data + (row + kApplyRows) * source.width;
+        }
       }
       const T* add = residual ? residual + row * columns : nullptr;
       const uint16_t* const add_words = residual_mask ? residual_mask + row * columns / kLanes : nullptr;
@@ -733,7 +739,7 @@ void multiply_all(
         add = masked_residual;
       }
       for (int64_t r = 0; r < size; ++r) {
-        to[r] = sums ? gradient + r * columns : out + target.at(row + r);
+        to[r] = out + target.at(row + r);
         if (add) rows[r] = add + r * columns;
       }
       kernels.multiply(
@@ -750,12 +756,14 @@ void multiply_all(
            to,
            words ? mask + row * columns / kLanes : nullptr,
            relu,
-           stream && !sums});
-      if (sums) {
-        const int64_t begin = row * columns;
-        kernels.activation_gradient(
-            {size, columns, gradient, sources[1].data + begin, sources[1].norm, out + begin, task_sums, stream});
-      }
+           stream,
+           sums ? sources[1].data + row * columns : nullptr,
+           sources[1].norm,
+           task_sums,
+           next[0],
+           next[1],
+           sources[0].width,
+           sources[1].width});
       if (mask && !words) kernels.mask_of(out + row * columns, size * columns, mask + row * columns / kLanes);
     }
   });

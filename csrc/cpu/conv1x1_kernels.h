@@ -73,19 +73,15 @@ struct MultiplyArgs {
   uint16_t* mask;  // like residual_mask
   bool relu;
   bool stream;
-};
-
-// dx = gradient where relu(norm(x)) > 0, else 0, of `count` adjacent rows, at most kApplyRows; adds to sums
-// (2, whole vectors of columns) those of dx and of dx * (x - mean).
-template <class T>
-struct ActivationGradientArgs {
-  int64_t count, width;
-  const T* gradient;
-  const T* x;
-  const typename ScalarOf<T>::type* norm;  // as of PackArgs
-  T* dx;
-  double* sums;
-  bool stream;
+  // Or null: the first of adjacent rows as wide as out, which becomes zero where relu(norm(x)) is. Adds to sums, two
+  // rows of whole vectors of columns, those of out and of out * (x - mean).
+  const T* x = nullptr;
+  const S* norm = nullptr;  // as of PackArgs
+  double* sums = nullptr;
+  // Rows that are read after these, as many and adjacent, to make a1 and a2 of them; or null. Brought near meanwhile.
+  const T* next1 = nullptr;
+  const T* next2 = nullptr;
+  int64_t width1 = 0, width2 = 0;  // of those rows
 };
 
 // Adds to products (inner columns of `left`, columns of `right`, a row of padded(right)) the sum over the packed rows.
@@ -109,7 +105,6 @@ struct Conv1x1Kernels {
   void (*widen)(const WidenArgs<T>&);
   void (*pack)(const PackArgs<T>&);
   void (*multiply)(const MultiplyArgs<T>&);
-  void (*activation_gradient)(const ActivationGradientArgs<T>&);
   void (*products)(const ProductsArgs&);
   PanelShape moments_shape;  // float is squared in double: the variances are differences of these sums
   void (*pack_moments)(const PackArgs<T>&);

@@ -18,7 +18,7 @@ from typing import NoReturn
 from .._version import __version__
 from ..training.config import ConfigError, TrainingError
 
-COMMANDS = ("info", "verify", "demo", "train", "bench")
+COMMANDS = ("info", "verify", "demo", "train", "traffic", "bench")
 
 
 class OneLineParser(argparse.ArgumentParser):

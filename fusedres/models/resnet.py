@@ -42,6 +42,8 @@ class ResNet(nn.Module):
         NotImplementedError: as ``block``.
     """
 
+    recompute: bool = False
+
     def __init__(
         self,
         block: Callable[..., nn.Module],

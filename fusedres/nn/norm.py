@@ -190,6 +190,12 @@ def _convolution(conv: nn.Module) -> Convolution | None:
     return None if isinstance(padding, str) else Convolution(conv.stride, padding, conv.dilation, conv.groups)
 
 
+def _is_trained(*tensors: Tensor | None) -> bool:
+    """Whether a call with these will want gradients, and nothing traces it."""
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return wanted and not torch.compiler.is_compiling() and not is_traced()
+
+
 def norm_act_conv(
     norm: nn.Module, x: Tensor, act: nn.Module | None, conv: nn.Module, recompute: bool = False
 ) -> Tensor:
@@ -201,6 +207,8 @@ def norm_act_conv(
             _check_four_dimensional(x)
             positional, keywords = _statistics(norm)
             meets_others = synchronised and norm.is_synchronised()
+            if meets_others and not _is_trained(x, *positional[2:], conv.weight, conv.bias):
+                return conv(norm_act(norm, x, None, act))
             return fused.batch_norm_act_conv(
                 x,
                 *positional,
@@ -272,9 +280,11 @@ def recomputes(owner: nn.Module) -> bool:
 def folds(
     conv: nn.Module, norm: nn.Module, y: Tensor, act: nn.Module | None, folding: str, decision: FoldingDecision
 ) -> bool:
-    """Whether :func:`conv_norm_act` would fold a call with a tensor like ``y``."""
+    """Whether :func:`conv_norm_act` would fold a call with a tensor like ``y``, or let processes vote on it."""
     if not may_fold(conv, norm, y, act, folding):
         return False
+    if _meets_others(norm):
+        return True
     convolution = Conv1x1(y, conv.weight, conv.stride)
     return folding_ops_for(folding_asked(folding), (convolution,), True, convolution.fits, decision) is not None
 
@@ -425,17 +435,18 @@ def conv_norm_act_max_pool(
     convolution = _convolution(conv) if recompute and _may_fuse(x) else None
     if convolution is None or torch.compiler.is_compiling() or is_traced() or not y.requires_grad:
         return norm_act_max_pool(norm, y, pool, act)
-    dtype, address, shape = y.dtype, y.data_ptr(), y.shape
+    y_dtype = y.dtype
+    known = (y.data_ptr(), y.shape, y.stride(), y.dtype, y._version)
     operands = [t if t is None else t.detach() for t in (x, conv.weight, conv.bias)]
 
     def pack(t: Tensor) -> Tensor | None:
-        return None if t.data_ptr() == address and t.shape == shape else t
+        return None if (t.data_ptr(), t.shape, t.stride(), t.dtype, t._version) == known else t
 
     def unpack(packed: Tensor | None) -> Tensor:
         if packed is not None:
             return packed
         with torch.no_grad():
-            return convolution(*(t if t is None else t.to(dtype) for t in operands))
+            return convolution(*(t if t is None else t.to(y_dtype) for t in operands))
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return norm_act_max_pool(norm, y, pool, act)

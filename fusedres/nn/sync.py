@@ -22,7 +22,8 @@ from ..ops.batch_norm_sync import (
     sync_batch_norm_act,
 )
 from ..ops.checks import check_act, check_addend, check_batch_norm, check_conv1x1, check_not_inference
-from ..ops.folded_call import Conv1x1, can_move, checked_moments, folding_ops_for, may_gain
+from ..ops.conv1x1_bn_act import output_moments
+from ..ops.folded_call import Conv1x1, can_move, checked_moments, folding_ops_for
 from ..ops.folding import FoldingDecision, folding_asked
 from ..ops.tracing import is_traced
 from .norm import BatchNormAct2d, register_synchronised
@@ -44,8 +45,12 @@ def _across_processes(
     act: str | None,
     num_batches_tracked: Tensor | None,
     process_group: Any,
+    partials: Tensor | None = None,
 ) -> Tensor:
-    """``functional.batch_norm_act`` in training, by the statistics of all processes of the group."""
+    """``functional.batch_norm_act`` in training, by the statistics of all processes of the group.
+
+    ``partials`` are those of x, of all processes, where they have been exchanged already.
+    """
     tensors = (x, running_mean, running_var, weight, bias, residual, num_batches_tracked)
     keywords = {
         "training": training,
@@ -70,7 +75,8 @@ def _across_processes(
     if residual is not None:
         check_addend("residual", residual, x)
         if residual.dtype != x.dtype or residual.shape != x.shape:
-            y = _across_processes(x, running_mean, running_var, weight, bias, None, **{**keywords, "act": None})
+            alone = {**keywords, "act": None, "partials": partials}
+            y = _across_processes(x, running_mean, running_var, weight, bias, None, **alone)
             y = y + residual
             return torch.relu(y) if act == "relu" else y
 
@@ -96,8 +102,8 @@ def _across_processes(
     ops = implementations(x)
     leaves = (x, residual, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
-        return SyncBatchNormActFunction.apply(*arguments, process_group, ops)
-    return sync_batch_norm_act(*arguments, False, process_group, ops)[0]
+        return SyncBatchNormActFunction.apply(*arguments, process_group, ops, partials)
+    return sync_batch_norm_act(*arguments, False, process_group, ops, partials)[0]
 
 
 def _conv1x1_across_processes(
@@ -121,7 +127,8 @@ def _conv1x1_across_processes(
 ) -> Tensor:
     """``functional.conv1x1_bn_act`` in training, by the statistics of all processes: folded where all of them can.
 
-    Whether a process can depends on its part of the batch, so that each tells the others, beside its statistics.
+    Whether a process can depends on its part of the batch, so that each tells the others, beside its statistics. They
+    are of the convolution's output either way: there is one collective, however the vote ends.
     """
     norm = {
         "training": training,
@@ -135,9 +142,7 @@ def _conv1x1_across_processes(
     asked = folding_asked(folding)
     check_conv1x1(y, conv_weight)
     convolution = Conv1x1(y, conv_weight, stride)
-    visible = not torch.compiler.is_compiling() and not is_traced() and not has_torch_function((y, conv_weight))
-    refused = decision is not None and decision.refuses(y)
-    if not visible or refused or not may_gain(asked, y, [y.size(1)], conv_weight.size(0)):
+    if torch.compiler.is_compiling() or is_traced() or has_torch_function((y, conv_weight)):
         return _across_processes(F.conv2d(y, conv_weight, None, stride), *statistics, residual, **norm)
 
     check_act(act)
@@ -145,22 +150,27 @@ def _conv1x1_across_processes(
     check_not_inference({"y": y, "conv_weight": conv_weight, "weight": weight, "bias": bias})
     fits = convolution.fits and can_move(running_mean, running_var, num_batches_tracked)
     fits = fits and (residual is None or convolution.matches(residual))
-    ops = folding_ops_for(asked, (convolution,), training, fits)
-    channels = conv_weight.size(0)
-    own = torch.zeros(2 * channels + 2, dtype=torch.float64, device=y.device)
+    ops = folding_ops_for(asked, (convolution,), training, fits, decision)
+    x = known = None
     if ops is not None:
         rows, mean, cov, count = convolution.moments(ops)
-        known = checked_moments([(convolution, mean, cov, count, eps)])
-        if known is not None:
-            mu, var = known[0]
-            own = torch.cat([mu, var * count, own.new_tensor([count, 1.0])])
-    parts = gathered(own, process_group)
-    folds = bool((parts[:, -1] == 1).all())
-    if decision is not None:
-        decision.found(folds, "as the processes of the group decided together")
-    if not folds:
-        return _across_processes(F.conv2d(y, conv_weight, None, stride), *statistics, residual, **norm)
-    total_mean, m2, total = merged(parts[:, :-1])
+        known = checked_moments([(convolution, mean, cov, count, eps)], decision)
+    if known is None:
+        x = F.conv2d(y, conv_weight, None, stride)
+        x = x.contiguous(memory_format=memory_format_of(x))
+    with torch.no_grad():
+        if x is not None:
+            own = torch.cat([implementations(x)[0](x), x.new_zeros(1, dtype=torch.float64)])
+        else:
+            mu, var = known[0] if known[0] is not None else output_moments(conv_weight, mean, cov, count)
+            own = torch.cat([mu, var * count, mu.new_tensor([count, 1.0])])
+        parts = gathered(own, process_group)
+    partials = parts[:, :-1].contiguous()
+    if not bool((parts[:, -1] == 1).all()):
+        if x is None:
+            x = F.conv2d(y, conv_weight, None, stride)
+        return _across_processes(x, *statistics, residual, **norm, partials=partials)
+    total_mean, m2, total = merged(partials)
     running = (running_mean, running_var, num_batches_tracked, momentum)
     moments = torch.stack([total_mean, m2 / total])
     config = (mean, cov, int(total), moments, running, eps, convolution.stride, act == "relu")

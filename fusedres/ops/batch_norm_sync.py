@@ -21,7 +21,7 @@ computes the same bits from what it receives. A part may be empty. Saved for bac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from torch.autograd import Function
 
 from .batch_norm_act import (
     _DIMS,
+    _backward_params,
     _empty_mask,
     _fake_affine_grad,
     _fake_stats,
@@ -40,6 +41,7 @@ from .batch_norm_act import (
 )
 from .layout import is_channels_last, mask_bytes, pack_mask, unpack_mask
 from .registry import define, serve
+from .traffic import COEFFICIENTS, COUNTER, PARTIALS, STATS, SUMS, Launch, Sizes, Traffic
 
 # ---- reference -------------------------------------------------------------------------------------------------------
 
@@ -49,7 +51,7 @@ def _pixels(x: Tensor) -> int:
     return x.size(0) * x.size(2) * x.size(3)
 
 
-def _batch_norm_statistics_reference(x: Tensor) -> Tensor:
+def batch_norm_statistics_reference(x: Tensor) -> Tensor:
     x64 = x.double()
     count = x64.new_full((1,), _pixels(x))
     if _pixels(x) == 0:
@@ -221,7 +223,7 @@ def _batch_norm_act_backward_apply_fake(dy: Tensor, x: Tensor, *args: Any) -> tu
 BATCH_NORM_STATISTICS = define(
     "batch_norm_statistics",
     "(Tensor x) -> Tensor",
-    _batch_norm_statistics_reference,
+    batch_norm_statistics_reference,
     _fake_sums,
     cuda=True,
 )
@@ -260,6 +262,119 @@ _OPS = (
     BATCH_NORM_ACT_BACKWARD_REDUCE,
     BATCH_NORM_ACT_BACKWARD_APPLY,
 )
+
+# ---- traffic ---------------------------------------------------------------------------------------------------------
+
+_EXCHANGED = 8  # bytes of a number that processes exchange
+_USED_STATS = 2  # vectors of the saved statistics that a launch over channels reads: rstd, mean_low
+
+
+def _exchanged(shape: Sequence[int]) -> int:
+    """Bytes of what a process sends: two numbers per channel, and the count."""
+    return (2 * shape[1] + 1) * _EXCHANGED
+
+
+def batch_norm_statistics_traffic(
+    shape: Sequence[int], dtype: torch.dtype, *, layout: str = "channels_last", tiles: int = 1
+) -> Traffic:
+    """Bytes of the statistics of a part; arguments as in :func:`~.batch_norm_act.batch_norm_act_traffic`."""
+    s, sent = Sizes(shape, dtype, layout), _exchanged(shape)
+    partials = PARTIALS * s.wide * tiles
+    return Traffic(s.x + sent, (Launch("statistics", s.x, partials), Launch("finalise", partials, sent)))
+
+
+def batch_norm_act_apply_traffic(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    layout: str = "channels_last",
+    residual: bool = False,
+    relu: bool = True,
+    save_mask: bool | None = None,
+    affine: bool = True,
+    running: bool = True,
+    counter: bool = False,
+    param_dtype: torch.dtype | None = None,
+    parts: int = 1,
+) -> Traffic:
+    """Bytes of the forward from the statistics of all parts.
+
+    Args:
+        parts: how many there are.
+        The others: as in :func:`~.batch_norm_act.batch_norm_act_traffic`.
+    """
+    s = Sizes(shape, dtype, layout, param_dtype)
+    mask = s.mask if (relu and residual if save_mask is None else save_mask) else 0
+    received, params = parts * _exchanged(shape), 2 * s.param * affine
+    moved, stats = 2 * s.param * running + COUNTER * counter, STATS * s.wide
+    inputs, outputs = (1 + residual) * s.x, s.x + mask
+    return Traffic(
+        received + moved + inputs + params + moved + stats + outputs,
+        (Launch("merge", received + moved, moved + stats), Launch("apply", inputs + params + stats, outputs)),
+    )
+
+
+def batch_norm_act_backward_reduce_traffic(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    layout: str = "channels_last",
+    mask: bool = False,
+    relu: bool = True,
+    affine: bool = True,
+    need_affine: bool | None = None,
+    param_dtype: torch.dtype | None = None,
+    tiles: int = 1,
+) -> Traffic:
+    """Bytes of the backward's sums of a part.
+
+    Args:
+        mask: whether there is one; without, the sign of the activation is recomputed.
+        The others: as in :func:`~.batch_norm_act.batch_norm_act_backward_traffic`.
+    """
+    s, sent = Sizes(shape, dtype, layout, param_dtype), _exchanged(shape)
+    need_affine = affine if need_affine is None else need_affine
+    params = _backward_params(s, affine, relu and not mask, False)
+    inputs, partials, stats = 2 * s.x + mask * s.mask, SUMS * s.wide * tiles, STATS * s.wide
+    gradients = 2 * need_affine * (s.param if affine else s.wide)
+    return Traffic(
+        inputs + params + stats + sent + gradients,
+        (
+            Launch("reduce", inputs + params + stats, partials),
+            Launch("finalise", partials + _USED_STATS * s.wide, sent + gradients),
+        ),
+    )
+
+
+def batch_norm_act_backward_apply_traffic(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    layout: str = "channels_last",
+    mask: bool = False,
+    relu: bool = True,
+    affine: bool = True,
+    need_dx: bool = True,
+    need_dresidual: bool | None = None,
+    param_dtype: torch.dtype | None = None,
+) -> Traffic:
+    """Bytes of the backward from the sums of all parts; arguments as in the other two."""
+    s = Sizes(shape, dtype, layout, param_dtype)
+    need_dresidual = mask if need_dresidual is None else need_dresidual
+    recomputes = relu and not mask
+    inputs = (1 + (need_dx or recomputes)) * s.x + mask * s.mask
+    params, stats = _backward_params(s, affine, recomputes, need_dx), STATS * s.wide
+    outputs = (need_dx + need_dresidual) * s.x
+    if not need_dx:
+        return Traffic(inputs + params + stats + outputs, (Launch("apply", inputs + params + stats, outputs),))
+    received, coefficients = _exchanged(shape), COEFFICIENTS * s.wide
+    return Traffic(
+        inputs + params + stats + received + outputs,
+        (
+            Launch("coefficients", received + _USED_STATS * s.wide + affine * s.param, coefficients),
+            Launch("apply", inputs + params + stats + coefficients, outputs),
+        ),
+    )
 
 
 # ---- across processes ------------------------------------------------------------------------------------------------
@@ -314,10 +429,12 @@ def sync_batch_norm_act(
     save_mask: bool,
     group: Any,
     ops: tuple[Callable[..., Any], ...],
+    partials: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward: out, statistics and mask."""
+    """The forward: out, statistics and mask. ``partials`` of all processes, where they have been exchanged already."""
     statistics, apply = ops[:2]
-    partials = gathered(statistics(x), group)
+    if partials is None:
+        partials = gathered(statistics(x), group)
     check_count(partials)
     norm = (weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
     return apply(x, residual, partials, *norm, relu, save_mask)
@@ -409,10 +526,11 @@ class SyncBatchNormActFunction(Function):
         relu: bool,
         group: Any,
         ops: tuple[Callable[..., Any], ...],
+        partials: Tensor | None,
     ) -> Tensor:
         save_mask = relu and residual is not None
         norm = (weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
-        out, stats, mask = sync_batch_norm_act(x, residual, *norm, relu, save_mask, group, ops)
+        out, stats, mask = sync_batch_norm_act(x, residual, *norm, relu, save_mask, group, ops, partials)
         ctx.save_for_backward(x, weight, bias, stats, mask if save_mask else None)
         ctx.config = (relu, eps, memory_format_of(x), group, ops)
         return out
@@ -428,7 +546,7 @@ class SyncBatchNormActFunction(Function):
         if torch.is_grad_enabled():
             dx, g, dweight, dbias = differentiable_backward(dy, x, weight, bias, stats, mask, relu, eps, group)
             grads = (dx, g, dweight, dbias)
-            return *(t if need else None for t, need in zip(grads, ctx.needs_input_grad[:4], strict=True)), *(None,) * 8
+            return *(t if need else None for t, need in zip(grads, ctx.needs_input_grad[:4], strict=True)), *(None,) * 9
         saved = (dy.contiguous(memory_format=memory_format), x, weight, bias, stats, mask)
         sums = stats.new_empty(0, dtype=torch.float64)
         dx = dresidual = dweight = dbias = None
@@ -445,5 +563,5 @@ class SyncBatchNormActFunction(Function):
             dresidual if need_dresidual else None,
             dweight if need_dweight else None,
             dbias if need_dbias else None,
-            *(None,) * 8,
+            *(None,) * 9,
         )

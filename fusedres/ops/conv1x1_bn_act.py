@@ -23,6 +23,8 @@ Backward, with ``g = dout`` where ``out > 0``, else 0 (g is also the gradient of
 ``dy`` is zero at the pixels that the stride leaves out. The second convolution of a pair has the same formulas with the
 same ``g``; its terms are added to ``out`` before the rounding.
 
+``conv1x1_statistics`` is a convolution that leaves the partial statistics of its output, for a norm that is not folded.
+
 Where y is itself ``relu(bn0(x0))``, the ops take x0 and ``norm``, (3, C): mean, scale and shift, and normalise as they
 read: ``y = round(max((x0 - mean) * scale + shift, 0))`` never exists either. The last pass then writes ``dy`` where
 ``y > 0``, else 0, and its sums and those with ``x0 - mean``, which are what the gradient of bn0 needs.
@@ -45,7 +47,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from .batch_norm_act import update_running
-from .batch_norm_sync import differentiable_backward
+from .batch_norm_sync import batch_norm_statistics_reference, differentiable_backward
 from .folding import Conditioning
 from .layout import mask_bytes, pack_mask, unpack_mask
 from .registry import define, serve
@@ -67,6 +69,11 @@ def pixels(y: Tensor, stride: int) -> int:
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums over channels of ``dtype`` are accumulated in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def matrix_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What covariances and products over all pixels of ``dtype`` are kept in; they are summed in float64."""
+    return torch.float64 if dtype.itemsize > 2 else torch.float32
 
 
 def _output_like(y: Tensor, channels: int, stride: int) -> Tensor:
@@ -103,6 +110,12 @@ def _conv1x1_moments_reference(y: Tensor, norm: Tensor | None, stride: int) -> t
     mean = mean + torch.where(rest.isfinite(), rest, 0.0)  # exact for a constant channel
     centred = rows - mean
     return mean, centred.T @ centred
+
+
+def _conv1x1_statistics_reference(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    out = _output_like(x, weight.size(0), 1)
+    out.copy_(_as_image(_rows(x) @ weight.double().T, out))
+    return out, batch_norm_statistics_reference(out)
 
 
 def _conv1x1_bn_act_apply_reference(
@@ -144,13 +157,13 @@ def _conv1x1_bn_act_backward_reduce_reference(
     need_g: bool,
     need_products: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    masked = _masked(dy, mask)
+    masked, dtype = _masked(dy, mask), matrix_dtype(dy.dtype)
     g = _rows(masked)
     return (
         torch.empty_like(dy).copy_(masked) if need_g else dy.new_empty(0),
         g.sum(0),
-        g.T @ _rows(_normalised(y, norm), stride) if need_products else g.new_empty(0),
-        g.T @ _rows(y2, stride2) if need_products and y2 is not None else g.new_empty(0),
+        (g.T @ _rows(_normalised(y, norm), stride) if need_products else g.new_empty(0)).to(dtype),
+        (g.T @ _rows(y2, stride2) if need_products and y2 is not None else g.new_empty(0)).to(dtype),
     )
 
 
@@ -200,6 +213,10 @@ def _conv1x1_moments_fake(y: Tensor, norm: Tensor | None, stride: int) -> tuple[
     return y.new_empty(channels, dtype=torch.float64), y.new_empty((channels, channels), dtype=torch.float64)
 
 
+def _conv1x1_statistics_fake(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return _output_like(x, weight.size(0), 1), x.new_empty(2 * weight.size(0) + 1, dtype=torch.float64)
+
+
 def _conv1x1_bn_act_apply_fake(
     y: Tensor, norm: Tensor | None, folded: Tensor, shift: Tensor, stride: int, *args: Any
 ) -> tuple[Tensor, Tensor]:
@@ -221,7 +238,7 @@ def _conv1x1_bn_act_backward_reduce_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def products(of: Tensor | None) -> Tensor:
         wanted = need_products and of is not None
-        return dy.new_empty((dy.size(1), of.size(1)) if wanted else 0, dtype=torch.float64)
+        return dy.new_empty((dy.size(1), of.size(1)) if wanted else 0, dtype=matrix_dtype(dy.dtype))
 
     g = torch.empty_like(dy) if need_g else dy.new_empty(0)
     return g, dy.new_empty(dy.size(1), dtype=torch.float64), products(y), products(y2)
@@ -242,6 +259,12 @@ def _triton_conv1x1_moments() -> Any:
     from ..kernels.conv1x1_bn_act import conv1x1_moments
 
     return conv1x1_moments
+
+
+def _triton_conv1x1_statistics() -> Any:
+    from ..kernels.conv1x1_bn_act import conv1x1_statistics
+
+    return conv1x1_statistics
 
 
 def _triton_conv1x1_bn_act_apply() -> Any:
@@ -268,6 +291,14 @@ CONV1X1_MOMENTS = define(
     _conv1x1_moments_reference,
     _conv1x1_moments_fake,
     triton=_triton_conv1x1_moments,
+)
+
+CONV1X1_STATISTICS = define(
+    "conv1x1_statistics",
+    "(Tensor x, Tensor weight) -> (Tensor out, Tensor partial)",
+    _conv1x1_statistics_reference,
+    _conv1x1_statistics_fake,
+    triton=_triton_conv1x1_statistics,
 )
 
 CONV1X1_BN_ACT_APPLY = define(
@@ -318,7 +349,7 @@ class _Sizes:
         self.y = count * c * dtype.itemsize
         self.out, self.mask, self.shift = of_out.x, of_out.mask, of_out.wide
         self.folded, self.mixing, self.offset = channels * c * dtype.itemsize, c * c * dtype.itemsize, of_y.wide
-        self.products, self.sums = channels * c * _FLOAT64, channels * _FLOAT64
+        self.products, self.sums = channels * c * matrix_dtype(dtype).itemsize, channels * _FLOAT64
         self.norm, self.norm_sums = 3 * of_y.wide, 2 * c * _FLOAT64
 
 
@@ -339,6 +370,12 @@ def conv1x1_moments_traffic(
     """
     s, c = _Sizes(shape, 1, dtype, stride), shape[1]
     return _one_launch("moments", s.y + norm * s.norm, (c + c * c) * _FLOAT64)
+
+
+def conv1x1_statistics_traffic(shape: Sequence[int], channels: int, dtype: torch.dtype) -> Traffic:
+    """Bytes of a convolution of a channels_last (N, C, H, W) to ``channels`` that also takes statistics."""
+    s = _Sizes(shape, channels, dtype, 1)
+    return _one_launch("apply", s.y + s.folded, s.out + (2 * channels + 1) * _FLOAT64)
 
 
 def conv1x1_bn_act_apply_traffic(
@@ -473,7 +510,7 @@ def _conv1x1_bn_fold_reference(
         shift = shift + bias.double()
     if shift0 is not None:
         shift = shift + shift0.double()
-    covariance = (cov / count).to(torch.float64 if dtype.itemsize > 2 else torch.float32)
+    covariance = (cov / count).to(matrix_dtype(dtype))
     return folded, shift.to(wide_dtype(dtype)), torch.stack([mu, var, rstd]), covariance
 
 
@@ -486,7 +523,7 @@ def _conv1x1_bn_fold_fake(
         mean.new_empty((k, c), dtype=dtype),
         mean.new_empty(k, dtype=wide_dtype(dtype)),
         mean.new_empty((3, k)),
-        mean.new_empty((c, c), dtype=torch.float64 if dtype.itemsize > 2 else torch.float32),
+        mean.new_empty((c, c), dtype=matrix_dtype(dtype)),
     )
 
 
@@ -511,7 +548,7 @@ def unfold(
     """
     w, (mu, _, rstd) = _matrix(conv_weight), stats
     scale = _scale(weight, rstd)
-    centred = torch.addr(products, sum_g, mean, alpha=-1)  # (K, C)
+    centred = torch.addr(products.double(), sum_g, mean, alpha=-1)  # (K, C)
     dweight = rstd * (w * centred).sum(1)
     total_g, total_dweight, off = sum_g, dweight, None
     if reduced is not None:
@@ -620,12 +657,12 @@ class _MatrixSizes:
     ) -> None:
         k, c = shape
         self.conv_weight, self.folded, self.products = (
-            k * c * size for size in (weight_dtype.itemsize, dtype.itemsize, 8)
+            k * c * d.itemsize for d in (weight_dtype, dtype, matrix_dtype(dtype))
         )
         self.param = 0 if param_dtype is None else k * param_dtype.itemsize
         self.of_inputs, self.of_outputs = c * _FLOAT64, k * _FLOAT64
         self.cov = c * c * _FLOAT64
-        self.covariance = c * c * (_FLOAT64 if dtype.itemsize > 2 else 4)
+        self.covariance = c * c * matrix_dtype(dtype).itemsize
         self.mixing = c * c * dtype.itemsize
         self.shift, self.offset = (n * wide_dtype(dtype).itemsize for n in (k, c))
 
@@ -674,18 +711,23 @@ def conv1x1_bn_unfold_traffic(
 
 
 def conv1x1_bn_update_running_traffic(
-    channels: int, *, param_dtype: torch.dtype = torch.float32, counter: bool = True
+    channels: int, *, param_dtype: torch.dtype | None = torch.float32, counter: bool = True
 ) -> Traffic:
-    """Bytes of moving the running statistics of ``channels``; param_dtype: of those."""
-    running, counters = 2 * channels * param_dtype.itemsize, counter * COUNTER
-    return _one_launch("update_running", 2 * channels * _FLOAT64 + running + counters, running + counters)
+    """Bytes of moving the running statistics of ``channels``; param_dtype: of those, None without."""
+    moved = counter * COUNTER
+    if param_dtype is None:
+        return _one_launch("update_running", moved, moved)
+    moved += 2 * channels * param_dtype.itemsize
+    return _one_launch("update_running", 2 * channels * _FLOAT64 + moved, moved)
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 
 class FoldingOps(NamedTuple):
-    """Who serves the four passes over pixels, the two over small matrices, and the running statistics.
+    """Who serves the passes over pixels, the two over small matrices, and the running statistics.
+
+    ``statistics`` is of the convolution before them, with which a Bottleneck begins.
 
     ``group`` are the processes whose batch it is, or None.
     """
@@ -694,6 +736,7 @@ class FoldingOps(NamedTuple):
     apply: Callable[..., Any]
     reduce: Callable[..., Any]
     backward_apply: Callable[..., Any]
+    statistics: Callable[..., Any]
     fold: Callable[..., Any]
     unfold: Callable[..., Any]
     update_running: Callable[..., Any]
@@ -721,6 +764,7 @@ def folding_ops(y: Tensor) -> FoldingOps | None:
         CONV1X1_BN_ACT_APPLY,
         CONV1X1_BN_ACT_BACKWARD_REDUCE,
         CONV1X1_BN_ACT_BACKWARD_APPLY,
+        CONV1X1_STATISTICS,
     )
     try:
         served = tuple(serve(op, y) for op in passes)

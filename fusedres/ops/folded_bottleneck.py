@@ -5,7 +5,7 @@ is ``x`` or, with a 1x1 convolution too, ``bn_d(conv_d(x))``. In the letters of 
 masked gradient of the output::
 
     forward                                                                  reads             writes (and keeps *)
-    x1 = conv1(x), statistics of x1                                          x, x1             x1 *
+    x1 = conv1(x), statistics of x1                                          x                 x1 *
     y1 = relu(bn1(x1))                                                       x1                y1
     x2 = conv2(y1), statistics of x2                                         y1, x2            x2 *
     moments of y2 = relu(bn2(x2)), which is never written                    x2
@@ -101,8 +101,8 @@ class FoldedBottleneckFunction(Function):
         norm1, norm2, *outer = block.norms
         casts = w1.to(dtype), w2.to(dtype)
 
-        x1 = _CONV1X1(x, casts[0], None).contiguous(memory_format=torch.channels_last)
-        partials1 = norm1.statistics(x1, by)
+        x1, partial1 = folding.statistics(x, casts[0].flatten(1))
+        partials1 = partial1.view(1, -1)
         y1, stats1 = activation(x1, partials1, weight1, bias1, norm1.eps, True, by)
         x2 = block.conv2(y1, casts[1], None).contiguous(memory_format=torch.channels_last)
         partials2 = norm2.statistics(x2, by)

@@ -100,12 +100,6 @@ class FoldingDecision:
         looks = self._calls >= _LOOK_AGAIN or (self.safe and y.is_cpu)
         return None if looks else self.safe
 
-    def refuses(self, y: Tensor) -> bool:
-        """Whether a call with ``y`` need not ask further; counts it."""
-        known = self.known(y)
-        self._calls += 1
-        return known is False
-
     def count(self) -> None:
         """A call that could look, and did as was decided."""
         self._calls += 1

@@ -109,12 +109,16 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def plain_twin(model: nn.Module) -> nn.Module:
-    """A copy of one of this package's networks that runs ``nn.BatchNorm2d``, in-place ReLU and ``+=``.
+def make_plain(model: nn.Module) -> nn.Module:
+    """Turn one of this package's networks, in place, into one that runs ``nn.BatchNorm2d``, in-place ReLU and ``+=``.
 
     Same weights, same state-dict keys; no op of this package is called.
     """
-    twin = copy.deepcopy(model)
-    for module in twin.modules():
+    for module in model.modules():
         module.__class__ = _PLAIN.get(type(module), type(module))  # the attributes are the same, only forward differs
-    return twin
+    return model
+
+
+def plain_twin(model: nn.Module) -> nn.Module:
+    """A copy that :func:`make_plain` has been applied to."""
+    return make_plain(copy.deepcopy(model))

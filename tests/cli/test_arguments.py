@@ -42,6 +42,10 @@ WRONG = [
     ("train --data synthetic:few", "--data synthetic:IMAGES needs a number of at least 20, got 'few'"),
     ("train --resume", "--resume: there is no checkpoint"),
     ("demo --epochs 0", "--epochs must be at least 1, got 0"),
+    ("traffic --model resnet19", "--model: no network is called 'resnet19'; there are resnet18"),
+    ("traffic --batch 1", "--batch must be at least 2, got 1"),
+    ("traffic --image 7", "--image must be at least 8, got 7"),
+    ("traffic --dtype fp8", "argument --dtype: invalid choice: 'fp8'"),
     ("demo --seed x", "argument --seed: invalid int value: 'x'"),
 ]
 
@@ -88,7 +92,7 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--help", "--version", *(f"{name} --help" for name in ("info", "train", "demo"))]
+    "arguments", ["--help", "--version", *(f"{name} --help" for name in ("info", "train", "traffic", "demo"))]
 )
 def test_help(arguments, capsys):
     with pytest.raises(SystemExit) as exit:

@@ -48,6 +48,12 @@ sizes = pytest.mark.parametrize(
 normalised = pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
 
 
+@pytest.fixture(autouse=True, params=["cpu"])
+def _forced(request: pytest.FixtureRequest):
+    with fusedres.use_backend(request.param):
+        yield
+
+
 class Operands:
     """Tensors of the four passes. What is normalised comes out exactly, so that every zero of it is one."""
 
@@ -77,8 +83,7 @@ class Operands:
     def activation(self) -> Tensor:
         """As batch_norm_act writes it."""
         mean, scale, shift = self.norm
-        with fusedres.use_backend("cpu"):
-            return F.batch_norm_act(self.y, mean, torch.ones_like(mean), scale, shift, training=False, eps=0.0)
+        return F.batch_norm_act(self.y, mean, torch.ones_like(mean), scale, shift, training=False, eps=0.0)
 
 
 def _compare(op: registry.Op, dtype: torch.dtype, *args: Any, terms: float = 1.0) -> tuple[Tensor, ...]:
@@ -172,7 +177,7 @@ def test_backward_apply(shape, channels, dtype, norm, masked) -> None:
     exact = torch.stack([rows.sum((0, 2, 3)), (rows * centred).sum((0, 2, 3))])
     terms = torch.stack([rows.abs().sum((0, 2, 3)), (rows * centred).abs().sum((0, 2, 3))])
     assert sums.dtype == torch.float64
-    assert ((sums - exact).abs() <= (2.0**-50 if dtype == torch.float64 else 2.0**-21) * terms).all()
+    assert ((sums - exact).abs() <= (2.0**-46 if dtype == torch.float64 else 2.0**-21) * terms).all()
 
 
 @sizes
