@@ -156,7 +156,6 @@ class FoldedBottleneckFunction(Function):
         _, weight1, bias1, _, weight2, _, w3, weight3, _, *shortcut = parameters
         needs = ctx.needs_input_grad[1:]
         pixels = _pixels(x2)
-        wide = weight1.dtype if weight1 is not None else wide_dtype(dtype)
 
         # conv3 and the shortcut's convolution
         second = (x, block.stride) if shortcut else (None, 1)
@@ -177,7 +176,7 @@ class FoldedBottleneckFunction(Function):
         dx2, _ = by.backward_apply(dy2, x2, weight2, None, stats2, None, sums, False, True, False)
         del dy2
         of_g, of_gx = sums[:-1].view(2, -1)
-        dweight2, dbias2 = (of_gx * stats2[1].double()).to(wide), of_g.to(wide)
+        dweight2, dbias2 = of_gx * stats2[1].double(), of_g
         if y1 is None:
             y1, _ = activation(x1, partials1, weight1, bias1, block.norms[0].eps, True, by)
         dy1, dw2, _ = block.conv2.backward(dx2, y1, w2, False, (True, True, False))
@@ -281,8 +280,10 @@ def folded_bottleneck(
     folding: str,
     recompute: bool,
     decision: FoldingDecision,
-) -> Tensor | None:
+) -> Tensor | bool | None:
     """The output of a Bottleneck in training, by one Function; None where the block must run in pieces.
+
+    False where, besides, the pieces of an identity block would not fold either.
 
     It runs in pieces where its end would not be folded (see ``folding.py``), where a parameter is not trained, without
     grad mode, while traced or compiled, and where anything is not as it ought to be: the pieces then say what.
@@ -329,7 +330,7 @@ def folded_bottleneck(
         decision=decision,
     )
     if ops is None:
-        return None
+        return None if shortcut else False
     try:
         by = passes(x)
     except RuntimeError:  # a forced backend serves the pieces only
@@ -341,4 +342,4 @@ def folded_bottleneck(
             Block(norms, conv2, stride, dtype, keep_y1, decision, by, ops), x, *parameters
         )
     except Refused:
-        return None
+        return None if shortcut else False
