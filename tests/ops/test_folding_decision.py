@@ -100,7 +100,7 @@ def test_on_a_cpu_every_call_looks_but_after_a_refusal() -> None:
     assert (decision.safe, decision.why) == (False, "rounding")
     for _ in range(LOOK_AGAIN):
         assert decision.known(y) is False
-        decision.count()
+        decision.asked(y, decision.known(y))
     assert decision.known(y) is None
     decision.found(False, "still")
     assert decision.known(y) is False
@@ -111,7 +111,7 @@ def test_elsewhere_a_safe_one_is_kept_too() -> None:
     decision.found(True, "exact enough")
     for _ in range(LOOK_AGAIN):
         assert decision.known(y) is True
-        decision.count()
+        decision.asked(y, decision.known(y))
     assert decision.known(y) is None
 
 
