@@ -290,7 +290,7 @@ def folded_bottleneck(
 ) -> Tensor | bool | None:
     """The output of a Bottleneck in training, by one Function; None where the block must run in pieces.
 
-    False where, besides, the pieces of an identity block would not fold either.
+    False where, besides, its pieces would not fold either.
 
     It runs in pieces where its end would not be folded (see ``folding.py``), where a parameter is not trained, without
     grad mode, while traced or compiled, and where anything is not as it ought to be: the pieces then say what.
@@ -301,7 +301,10 @@ def folded_bottleneck(
         folding: as ``folding_asked`` gave it.
         recompute: whether not to keep what conv2 reads; ``folding="always"`` does not either.
     """
-    if folding == "never" or is_compiling() or is_traced() or not torch.is_grad_enabled():
+    if folding == "never" or is_compiling() or is_traced():
+        return None
+    if not torch.is_grad_enabled():
+        decision.expect(x)
         return None
     parameters = [p for part in parts for p in part.parameters]
     if has_torch_function_variadic(x, *parameters) or x.dim() != 4 or not is_channels_last(x) or x.is_inference():
@@ -337,7 +340,7 @@ def folded_bottleneck(
         decision=decision,
     )
     if ops is None:
-        return None if shortcut else False
+        return None if shortcut and decision.safe is not False else False
     try:
         by = passes(x)
     except RuntimeError:  # a forced backend serves the pieces only
@@ -349,4 +352,4 @@ def folded_bottleneck(
             Block(norms, conv2, stride, dtype, keep_y1, decision, by, ops), x, *parameters
         )
     except Refused:
-        return None if shortcut else False
+        return False

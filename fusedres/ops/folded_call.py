@@ -124,7 +124,8 @@ def folding_ops_of(
 ) -> FoldingOps | None:
     """Who serves a call that is described by numbers, for tensors like ``y``; arguments as of ``folding_choice``."""
     known = True if safe_unseen(dtype, sums_of(y.device.type)) else None if decision is None else decision.known(y)
-    if decision is not None and not blind:
+    traced = is_traced()
+    if decision is not None and not blind and not traced:
         decision.asked(y, known)
     folds, _ = folding_choice(
         folding,
@@ -136,7 +137,7 @@ def folding_ops_of(
         image=pixels // max(1, y.size(0)),
         capability=registry.CPU_CAPABILITY,
         training=training,
-        traced=is_traced() or (blind and not known),
+        traced=traced or (blind and not known),
         channels_last=channels_last,
         fits=fits,
         measured=_measured(y, channels, outputs, pixels, dtype),

@@ -98,6 +98,7 @@ class FoldingDecision:
         self.why = "not looked at yet"
         self._calls = 0  # since the last look
         self._last: tuple[object, ...] | None = None
+        self._outer: tuple[object, ...] | None = None
         self._recent: dict[tuple[object, ...], bool] = {}
 
     def known(self, y: Tensor) -> bool | None:
@@ -118,18 +119,22 @@ class FoldingDecision:
         self._calls += 1
         self._last = _fingerprint(y)
         if known is not None:
-            self._remember(self._last, known)
+            self._remember(known, self._last)
 
     def found(self, safe: bool, why: str, y: Tensor | None = None) -> None:
         """That call has looked, at ``y``."""
         self.safe, self.why, self._calls = safe, why, 0
-        for call in (self._last, None if y is None else _fingerprint(y)):
-            self._remember(call, safe)
+        self._remember(safe, self._last, None if y is None else _fingerprint(y))
 
-    def _remember(self, call: tuple[object, ...] | None, safe: bool) -> None:
-        if call is None:
-            return
-        self._recent[call] = safe
+    def expect(self, x: Tensor) -> None:
+        """The next call is part of one that reads ``x``, by which it may be known when it is repeated."""
+        self._outer = None if is_blind(x) else _fingerprint(x)
+
+    def _remember(self, safe: bool, *calls: tuple[object, ...] | None) -> None:
+        for call in (*calls, self._outer):
+            if call is not None:
+                self._recent[call] = safe
+        self._outer = None
         while len(self._recent) > self._REMEMBERED:
             del self._recent[next(iter(self._recent))]
 
