@@ -220,12 +220,38 @@ def _batch_norm_act_backward_apply_fake(dy: Tensor, x: Tensor, *args: Any) -> tu
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
 
+
+def _triton_batch_norm_statistics() -> Any:
+    from ..kernels.batch_norm_sync import batch_norm_statistics
+
+    return batch_norm_statistics
+
+
+def _triton_batch_norm_act_apply() -> Any:
+    from ..kernels.batch_norm_sync import batch_norm_act_apply
+
+    return batch_norm_act_apply
+
+
+def _triton_batch_norm_act_backward_reduce() -> Any:
+    from ..kernels.batch_norm_sync import batch_norm_act_backward_reduce
+
+    return batch_norm_act_backward_reduce
+
+
+def _triton_batch_norm_act_backward_apply() -> Any:
+    from ..kernels.batch_norm_sync import batch_norm_act_backward_apply
+
+    return batch_norm_act_backward_apply
+
+
 BATCH_NORM_STATISTICS = define(
     "batch_norm_statistics",
     "(Tensor x) -> Tensor",
     batch_norm_statistics_reference,
     _fake_sums,
     cuda=True,
+    triton=_triton_batch_norm_statistics,
 )
 
 BATCH_NORM_ACT_APPLY = define(
@@ -236,6 +262,7 @@ BATCH_NORM_ACT_APPLY = define(
     _batch_norm_act_apply_reference,
     _batch_norm_act_apply_fake,
     cuda=True,
+    triton=_triton_batch_norm_act_apply,
 )
 
 BATCH_NORM_ACT_BACKWARD_REDUCE = define(
@@ -245,6 +272,7 @@ BATCH_NORM_ACT_BACKWARD_REDUCE = define(
     _batch_norm_act_backward_reduce_reference,
     _batch_norm_act_backward_reduce_fake,
     cuda=True,
+    triton=_triton_batch_norm_act_backward_reduce,
 )
 
 BATCH_NORM_ACT_BACKWARD_APPLY = define(
@@ -254,6 +282,7 @@ BATCH_NORM_ACT_BACKWARD_APPLY = define(
     _batch_norm_act_backward_apply_reference,
     _batch_norm_act_backward_apply_fake,
     cuda=True,
+    triton=_triton_batch_norm_act_backward_apply,
 )
 
 _OPS = (

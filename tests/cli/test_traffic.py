@@ -125,6 +125,8 @@ def test_table(capsys):
 
 
 def test_nothing_is_left_behind():
-    before = (folded_call.folding_choice, registry.backend())
+    names = ("folding_choice", "never_gains")
+    before = [getattr(folded_call, name) for name in names]
     traffic.step_traffic("resnet20", batch=4, image=8, dtype=torch.float32, variant="always")
-    assert (folded_call.folding_choice, registry.backend()) == before == (folding.folding_choice, "auto")
+    assert [getattr(folded_call, name) for name in names] == before == [getattr(folding, name) for name in names]
+    assert registry.backend() == "auto"
