@@ -38,6 +38,7 @@ Kernels = list[tuple[str, float]]
 # Every kernel is of one of them.
 GROUPS = (
     "3x3 convolutions",
+    "folded: conv1",
     "folded: moments",
     "folded: output",
     "folded: products",
@@ -66,6 +67,12 @@ class Call:
 
 
 # ---- what a call is --------------------------------------------------------------------------------------------------
+
+
+def _statistics(x: Tensor, weight: Tensor) -> Call:
+    (n, h, w), (k, c) = (x.size(0), *x.shape[2:]), weight.shape
+    moved = folded.conv1x1_statistics_traffic(x.shape, k, x.dtype)
+    return Call("folded: conv1", "conv1x1_statistics", f"{n * h * w}x{c}->{k}", moved.floor, 2 * n * h * w * c * k)
 
 
 def _moments(y: Tensor, norm: Tensor | None, stride: int) -> Call:
@@ -177,6 +184,7 @@ def _backward_apply(
 
 
 _PASSES: dict[str, Callable[..., Call]] = {
+    "conv1x1_statistics": _statistics,
     "conv1x1_moments": _moments,
     "conv1x1_bn_act_apply": _apply,
     "conv1x1_bn_act_backward_reduce": _reduce,

@@ -96,11 +96,16 @@ def move_running(
 
 
 def merged_statistics(partials: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """The (3, C) statistics of a normalisation in ``dtype``: mean, rstd and the part of the mean below its digits."""
+    """:func:`saved_statistics` of all parts of a batch."""
     mean, m2, count = merged(partials)
+    return saved_statistics(mean, m2 / count.clamp(min=1), eps, dtype)
+
+
+def saved_statistics(mean: Tensor, var: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """The (3, C) statistics of a normalisation in ``dtype``: mean, rstd and the part of the mean below its digits."""
     high = mean.to(dtype)
     low = torch.where(mean.isfinite(), mean - high.double(), 0.0)
-    return torch.stack([high, (m2 / count.clamp(min=1) + eps).rsqrt().to(dtype), low.to(dtype)])
+    return torch.stack([high, (var + eps).rsqrt().to(dtype), low.to(dtype)])
 
 
 def _batch_norm_act_apply_reference(

@@ -37,7 +37,7 @@ from torch.compiler import is_compiling
 from torch.overrides import has_torch_function_variadic
 
 from .batch_norm_act_conv import Convolution, Norm, Passes, activation, gradients_of, norm_gradients, passes
-from .batch_norm_sync import differentiable_batch_norm, merged_statistics
+from .batch_norm_sync import differentiable_batch_norm, saved_statistics
 from .conv1x1_bn_act import FoldingOps, strided_size, wide_dtype
 from .folded_call import Conv1x1, can_move, checked_moments, folding_ops_of
 from .folding import FoldingDecision
@@ -60,6 +60,12 @@ class Block(NamedTuple):
     decision: FoldingDecision | None
     passes: Passes
     folding: FoldingOps
+
+
+def _mean_and_variance(partial: Tensor, pixels: int) -> Tensor:
+    """(2, C), the biased variance, from (2C + 1) statistics of as many pixels."""
+    mean, m2 = partial[:-1].view(2, -1)
+    return torch.stack([mean, m2 / pixels])
 
 
 def _input_norm(stats: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -104,15 +110,16 @@ class FoldedBottleneckFunction(Function):
         x1, partial1 = folding.statistics(x, casts[0].flatten(1))
         partials1 = partial1.view(1, -1)
         y1, stats1 = activation(x1, partials1, weight1, bias1, norm1.eps, True, by)
+        inner = [_mean_and_variance(partial1, _pixels(x1))]
         x2 = block.conv2(y1, casts[1], None).contiguous(memory_format=torch.channels_last)
-        partials2 = norm2.statistics(x2, by)
-        stats2 = merged_statistics(partials2, norm2.eps, wide_dtype(dtype))
+        pixels = _pixels(x2)
+        inner.append(_mean_and_variance(by.statistics(x2), pixels))
+        stats2 = saved_statistics(*inner[1], norm2.eps, wide_dtype(dtype))
         of_y2 = _input_norm(stats2, weight2, bias2)
 
         rows = [(x2, of_y2, 1, w3, weight3, bias3)]
         if shortcut:
             rows.append((x, None, block.stride, *shortcut[0]))
-        pixels = _pixels(x2)
         measured = [
             (Conv1x1(y, w, stride), *folding.moments(y, norm, stride), pixels, outer_norm.eps)
             for (y, norm, stride, w, *_), outer_norm in zip(rows, outer, strict=True)
@@ -132,10 +139,10 @@ class FoldedBottleneckFunction(Function):
         residual = None if shortcut else x
         out, mask = folding.apply(x2, of_y2, folded[0], shift, 1, *second, residual, None, True, True)
 
-        norm1.move_running(partials1)
-        norm2.move_running(partials2)
-        for norm, stats in zip(outer, of_outer[2::3], strict=True):
-            folding.update_running(*norm[:4], stats, pixels)
+        for norm, stats, count in zip(
+            block.norms, (*inner, *of_outer[2::3]), (_pixels(x1), *[pixels] * 3), strict=False
+        ):
+            folding.update_running(*norm[:4], stats, count)
         kept = (partials1, stats1, stats2, of_y2, mask, *casts, y1 if block.keep_y1 else None, x1, x2, *of_outer)
         ctx.save_for_backward(x, *parameters, *kept)
         ctx.block = block

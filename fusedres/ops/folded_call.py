@@ -187,5 +187,5 @@ def checked_moments(
             if not safe:
                 break
     if decision is not None:
-        decision.found(y, safe, why)
+        decision.found(safe, why, y)
     return found if safe else None

@@ -120,10 +120,10 @@ class FoldingDecision:
         if known is not None:
             self._remember(self._last, known)
 
-    def found(self, y: Tensor, safe: bool, why: str) -> None:
-        """That call has looked."""
+    def found(self, safe: bool, why: str, y: Tensor | None = None) -> None:
+        """That call has looked, at ``y``."""
         self.safe, self.why, self._calls = safe, why, 0
-        for call in (self._last, _fingerprint(y)):
+        for call in (self._last, None if y is None else _fingerprint(y)):
             self._remember(call, safe)
 
     def _remember(self, call: tuple[object, ...] | None, safe: bool) -> None:

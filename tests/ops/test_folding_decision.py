@@ -103,19 +103,19 @@ def test_on_a_cpu_every_call_looks_but_after_a_refusal() -> None:
     decision, y = FoldingDecision(), easy()
     for _ in range(3):
         assert ask(decision, y) is None
-        decision.found(y, True, "exact enough")
+        decision.found(True, "exact enough", y)
     assert ask(decision, y) is None
-    decision.found(y, False, "rounding")
+    decision.found(False, "rounding", y)
     assert (decision.safe, decision.why) == (False, "rounding")
     assert [ask(decision, y) for _ in range(LOOK_AGAIN)] == [False] * LOOK_AGAIN
     assert ask(decision, y) is None
-    decision.found(y, False, "still")
+    decision.found(False, "still", y)
     assert ask(decision, y) is False
 
 
 def test_elsewhere_a_safe_one_is_kept_too() -> None:
     decision, y = FoldingDecision(), torch.empty(4, 16, 8, 8, device="meta")
-    decision.found(y, True, "exact enough")
+    decision.found(True, "exact enough", y)
     assert [ask(decision, y) for _ in range(LOOK_AGAIN)] == [True] * LOOK_AGAIN
     assert ask(decision, y) is None
 
@@ -134,7 +134,7 @@ def test_in_backward_as_decided(safe) -> None:
     decision, y = FoldingDecision(), easy()
     ask(decision, y)
     if safe is not None:
-        decision.found(y, safe, "")
+        decision.found(safe, "", y)
     assert in_backward_of_a_checkpoint(lambda: decision.known(y)) == [safe]
 
 
@@ -144,7 +144,7 @@ def test_in_backward_as_decided_for_that_call() -> None:
     for y, safe in zip(calls, (True, False, None), strict=True):
         assert ask(decision, y) is (None if safe is not None else False)
         if safe is not None:
-            decision.found(y, safe, "")
+            decision.found(safe, "", y)
     for y, safe in zip(calls, (True, False, False), strict=True):
         assert in_backward_of_a_checkpoint(lambda y=y: ask(decision, y)) == [safe]
     assert [ask(decision, calls[1]) for _ in range(LOOK_AGAIN - 1)] == [False] * (LOOK_AGAIN - 1)
@@ -155,7 +155,7 @@ def test_in_backward_as_decided_for_that_call() -> None:
 def test_blind_calls_fold_only_what_is_known_to_be_safe(safe) -> None:
     decision = FoldingDecision()
     if safe is not None:
-        decision.found(easy(), safe, "")
+        decision.found(safe, "", easy())
     with torch._subclasses.FakeTensorMode():
         assert decision.known(torch.empty(4, 16, 8, 8)) is (safe is True)
 
@@ -167,7 +167,7 @@ def test_copies_decide_for_themselves(served) -> None:
     for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
         ease(other)
         y = easy(4, 64, 8, 8)
-        folding_decision(other).found(y, True, "other values")
+        folding_decision(other).found(True, "other values", y)
         assert is_one_node(other(y))
         assert block._folding_decision.safe is False
 
