@@ -718,6 +718,25 @@ def test_functorch(eager_twin):
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
 
 
+def test_vmap(eager_twin):
+    block = make_block("projection", norm_layer=NORMS["no running statistics"]).double()
+    twin = eager_twin(block)
+    x = make_image(block, dtype=torch.float64)
+    batch = torch.stack([x, 2 * x + 1])
+    want = torch.stack([twin(t) for t in batch])
+    torch.testing.assert_close(torch.func.vmap(block)(batch), want, rtol=1e-9, atol=1e-9)
+
+
+def test_fake_tensors():
+    block, x = make_block("projection"), make_image(make_block("projection"))
+    for _ in range(2):
+        module = copy.deepcopy(block)
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            out = module(mode.from_tensor(x))
+        assert out.shape == (4, 64, 10, 8)
+        block(x)  # which decides
+
+
 @pytest.mark.parametrize("shape", ["identity", "strided projection"])
 def test_saved_on_the_cpu(shape, served, step):
     """Through hooks that give back copies."""

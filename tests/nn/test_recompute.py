@@ -6,9 +6,13 @@ import functools
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+import fusedres
 from fusedres import BasicBlock, Bottleneck
+from fusedres.nn.norm import conv_norm_act_max_pool
 
 CHANNELS_LAST = torch.channels_last
 BLOCKS = [BasicBlock, Bottleneck]
@@ -201,6 +205,16 @@ def test_a_failed_call_leaves_everything(cls, served, eager_twin):
         assert all(torch.equal(t, before[name]) for name, t in block.state_dict().items())
 
 
+@shortcuts
+@blocks
+def test_empty_batch(cls, shortcut, served, step, eager_twin):
+    block = make_block(cls, shortcut)
+    x = make_image(block, (0, 10, 8))
+    want, got = step(eager_twin(block), x), step(block, x)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=0, atol=0, equal_nan=True)
+
+
 @blocks
 def test_bits_depend_not_on_the_run(cls, step):
     block = make_block(cls, "projection", planes=32)
@@ -216,3 +230,136 @@ def test_attributes_are_those_of_the_class_until_set():
     block.recompute = True
     assert copy.deepcopy(block).recompute
     assert not BasicBlock(8, 8).recompute
+
+
+# --- a stem -----------------------------------------------------------------------------------------------------------
+
+
+class Stem(nn.Module):
+    """Convolution, norm, ReLU, pooling: in one call, or one after the other."""
+
+    def __init__(self, recompute=None, **conv):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 16, 7, 2, 3, **({"bias": False} | conv))
+        self.bn, self.relu, self.pool = nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+        nn.init.uniform_(self.bn.weight, 0.5, 1.5)
+        nn.init.normal_(self.bn.bias)
+        self.recompute = recompute
+
+    def forward(self, x):
+        if self.recompute is None:
+            return self.pool(self.relu(self.bn(self.conv(x))))
+        return conv_norm_act_max_pool(self.conv, self.bn, x, self.pool, self.relu, self.recompute)
+
+
+def an_image(dtype=torch.float32, layout=CHANNELS_LAST, size=(4, 3, 48, 40)):
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    return x.to(dtype).contiguous(memory_format=layout)
+
+
+@layouts
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_stem_has_the_same_bits(bias, dtype, layout, served, step):
+    amp, dtype = dtype == "autocast", torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    x = an_image(dtype, layout)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        ours, kept = (step(Stem(recompute, bias=bias).to(dtype), x) for recompute in (True, False))
+    for name, value in kept.items():
+        assert torch.equal(ours[name], value), name
+
+
+def test_stem_equals_eager_to_the_second_derivative(served):
+    results = []
+    for recompute in (True, None):
+        stem = Stem(recompute).double()
+        x = an_image(torch.float64).requires_grad_()
+        leaves = [x, *stem.parameters()]
+        out = stem(x)
+        first = torch.autograd.grad((out * out * out).sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        results.append([out, *first, *second, *stem.buffers()])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8 * max(1.0, want.abs().max().item()))
+
+
+class Convolved(TorchDispatchMode):
+    """Weak references to what convolutions give."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution.default:
+            self.storages.append(StorageWeakRef(out.untyped_storage()))
+        return out
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_stem_lets_go_of_what_the_convolution_gave(recompute, served):
+    stem, x = Stem(recompute), an_image(size=(4, 3, 96, 96))
+    with Convolved() as convolved:
+        out = stem(x)
+    assert [storage.expired() for storage in convolved.storages] == [recompute]
+    out.sum().backward()
+    assert [storage.expired() for storage in convolved.storages] == [True]
+
+
+@pytest.mark.parametrize("name", ["x", "conv.weight"])
+def test_stem_with_an_operand_that_has_changed(name, served):
+    """Raises rather than compute with other values."""
+    stem, x = Stem(True), an_image()
+    out = stem(x)
+    with torch.no_grad():
+        (x if name == "x" else stem.conv.weight).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_stem_under_hooks_of_others(reentrant, served, step):
+    x = an_image()
+    want = step(Stem(False), x)
+    with torch.autograd.graph.save_on_cpu():
+        got = step(Stem(True), x)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    stem, leaf = Stem(True), x.clone(memory_format=torch.preserve_format).requires_grad_()
+    out = checkpoint(stem, leaf, use_reentrant=reentrant)
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out))
+    assert torch.equal(leaf.grad, want["dx"])
+    assert torch.equal(stem.conv.weight.grad, want["grad of conv.weight"])
+
+
+@pytest.mark.parametrize("change", ["frozen conv", "frozen norm", "eval", "hook", "no_grad"])
+def test_stem_on_the_plain_path(change, served):
+    results = []
+    for recompute in (True, None):
+        stem, seen = Stem(recompute).double(), []
+        if change.startswith("frozen"):
+            (stem.conv if change == "frozen conv" else stem.bn).requires_grad_(False)
+        elif change == "eval":
+            stem.bn.eval()
+        elif change == "hook":
+            stem.relu.register_forward_hook(lambda m, args, out, seen=seen: seen.append(1) or 2 * out)
+        x = an_image(torch.float64).requires_grad_(change != "no_grad")
+        with torch.set_grad_enabled(change != "no_grad"):
+            out = stem(x)
+        leaves = [] if change == "no_grad" else [x, *(p for p in stem.parameters() if p.requires_grad)]
+        dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        results.append([out, *(torch.autograd.grad(out, leaves, dy) if leaves else ()), *stem.buffers()])
+        assert len(seen) == (change == "hook")
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_network_hands_it_to_its_blocks_and_stem(served, step):
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        net = fusedres.models.resnet18(num_classes=5, recompute=recompute, folding="never").double()
+        assert {m.recompute for m in net.modules() if isinstance(m, BasicBlock)} == {recompute}
+        results.append(step(net, an_image(torch.float64, size=(2, 3, 64, 64))))
+    assert_close(*results, rtol=1e-8, atol=1e-8)

@@ -92,48 +92,72 @@ def test_a_new_decision_knows_nothing() -> None:
     assert decision.known(easy()) is None
 
 
+def ask(decision: FoldingDecision, y: Tensor) -> bool | None:
+    """As a call does."""
+    known = decision.known(y)
+    decision.asked(y, known)
+    return known
+
+
 def test_on_a_cpu_every_call_looks_but_after_a_refusal() -> None:
     decision, y = FoldingDecision(), easy()
-    decision.found(True, "exact enough")
-    assert decision.known(y) is None
-    decision.found(False, "rounding")
+    for _ in range(3):
+        assert ask(decision, y) is None
+        decision.found(True, "exact enough", y)
+    assert ask(decision, y) is None
+    decision.found(False, "rounding", y)
     assert (decision.safe, decision.why) == (False, "rounding")
-    for _ in range(LOOK_AGAIN):
-        assert decision.known(y) is False
-        decision.asked(y, decision.known(y))
-    assert decision.known(y) is None
-    decision.found(False, "still")
-    assert decision.known(y) is False
+    assert [ask(decision, y) for _ in range(LOOK_AGAIN)] == [False] * LOOK_AGAIN
+    assert ask(decision, y) is None
+    decision.found(False, "still", y)
+    assert ask(decision, y) is False
 
 
 def test_elsewhere_a_safe_one_is_kept_too() -> None:
     decision, y = FoldingDecision(), torch.empty(4, 16, 8, 8, device="meta")
-    decision.found(True, "exact enough")
-    for _ in range(LOOK_AGAIN):
-        assert decision.known(y) is True
-        decision.asked(y, decision.known(y))
-    assert decision.known(y) is None
+    decision.found(True, "exact enough", y)
+    assert [ask(decision, y) for _ in range(LOOK_AGAIN)] == [True] * LOOK_AGAIN
+    assert ask(decision, y) is None
 
 
-@pytest.mark.parametrize("found", [None, True, False])
-def test_in_backward_as_last_decided(found) -> None:
-    decision, y, known = FoldingDecision(), easy(), []
-    if found is not None:
-        decision.found(found, "")
+def in_backward_of_a_checkpoint(function) -> list:
+    found = []
     x = torch.ones(1, requires_grad=True)
     out = x * 1
-    out.register_hook(lambda grad: known.append(decision.known(y)))
+    out.register_hook(lambda grad: found.append(function()))
     out.backward()
-    assert known == [found]
+    return found
 
 
-@pytest.mark.parametrize("found", [None, True, False])
-def test_blind_calls_fold_only_what_is_known_to_be_safe(found) -> None:
+@pytest.mark.parametrize("safe", [None, True, False])
+def test_in_backward_as_decided(safe) -> None:
+    decision, y = FoldingDecision(), easy()
+    ask(decision, y)
+    if safe is not None:
+        decision.found(safe, "", y)
+    assert in_backward_of_a_checkpoint(lambda: decision.known(y)) == [safe]
+
+
+def test_in_backward_as_decided_for_that_call() -> None:
+    """Of several whose inputs differ; and what backward asks counts for nothing."""
+    decision, calls = FoldingDecision(), [easy(seed=seed) for seed in range(3)]
+    for y, safe in zip(calls, (True, False, None), strict=True):
+        assert ask(decision, y) is (None if safe is not None else False)
+        if safe is not None:
+            decision.found(safe, "", y)
+    for y, safe in zip(calls, (True, False, False), strict=True):
+        assert in_backward_of_a_checkpoint(lambda y=y: ask(decision, y)) == [safe]
+    assert [ask(decision, calls[1]) for _ in range(LOOK_AGAIN - 1)] == [False] * (LOOK_AGAIN - 1)
+    assert ask(decision, calls[1]) is None
+
+
+@pytest.mark.parametrize("safe", [None, True, False])
+def test_blind_calls_fold_only_what_is_known_to_be_safe(safe) -> None:
     decision = FoldingDecision()
-    if found is not None:
-        decision.found(found, "")
+    if safe is not None:
+        decision.found(safe, "", easy())
     with torch._subclasses.FakeTensorMode():
-        assert decision.known(torch.empty(4, 16, 8, 8)) is (found is True)
+        assert decision.known(torch.empty(4, 16, 8, 8)) is (safe is True)
 
 
 def test_copies_decide_for_themselves(served) -> None:
@@ -142,8 +166,9 @@ def test_copies_decide_for_themselves(served) -> None:
     assert block._folding_decision.safe is False
     for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
         ease(other)
-        folding_decision(other).found(True, "another's values")
-        assert is_one_node(other(easy(4, 64, 8, 8)))
+        y = easy(4, 64, 8, 8)
+        folding_decision(other).found(True, "other values", y)
+        assert is_one_node(other(y))
         assert block._folding_decision.safe is False
 
 
@@ -271,6 +296,19 @@ def test_recomputation_does_as_was_decided(decided, reentrant, served, monkeypat
     assert torch.equal(x.grad, leaf.grad)
     for a, b in zip(block.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_of_an_earlier_call(reentrant, served, monkeypatch, record_ops) -> None:
+    """As that call was decided, although the next one was decided otherwise."""
+    block, xs, outs = a_block(), [easy(4, 64, 8, 8, seed=seed).requires_grad_() for seed in range(2)], []
+    for x, safe in zip(xs, (True, False), strict=True):
+        monkeypatch.setattr(folded_call, "numerically_safe", lambda *a, safe=safe, **k: (safe, "asked"))
+        outs.append(checkpoint(block, x, use_reentrant=reentrant))
+    for out, safe in zip(outs, (True, False), strict=True):
+        with record_ops() as record:
+            out.float().square().sum().backward()
+        assert any("conv1x1_bn_act_apply" in str(func) for func, *_ in record.calls) == safe
 
 
 @pytest.mark.parametrize("is_hard", [False, True])
