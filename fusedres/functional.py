@@ -896,9 +896,13 @@ def batch_norm_act_conv(
     check_tensor("conv_bias", conv_bias, optional=True)
     convolution = Convolution(pair("stride", stride), pair("padding", padding), pair("dilation", dilation), groups)
     amp = autocast_dtype(x)
+    if not isinstance(groups, int):
+        raise TypeError(f"groups must be int, but got {type(groups).__name__}")
+    if groups < 1 or conv_weight.size(0) % groups:
+        raise RuntimeError(f"groups must be positive and divide conv_weight's channels, but got groups={groups}")
     if conv_weight.dim() != x.dim() or (x.dim() == 4 and conv_weight.size(1) * groups != x.size(1)):
         raise RuntimeError(
-            f"conv_weight must be (K, {x.size(1)} / {groups}, kH, kW) for x of shape {tuple(x.shape)}, "
+            f"conv_weight must be (K, C / groups, kH, kW) for x of shape {tuple(x.shape)} and groups={groups}, "
             f"but got shape {tuple(conv_weight.shape)}"
         )
     for name, parameter in (("conv_weight", conv_weight), ("conv_bias", conv_bias)):

@@ -124,7 +124,7 @@ class FoldedBottleneckFunction(Function):
             (Conv1x1(y, w, stride), *folding.moments(y, norm, stride), pixels, outer_norm.eps)
             for (y, norm, stride, w, *_), outer_norm in zip(rows, outer, strict=True)
         ]
-        known = checked_moments(measured, block.decision)
+        known = checked_moments(measured, block.decision, x)
         if known is None:
             raise Refused
 

@@ -162,7 +162,9 @@ def may_gain(folding: str, y: Tensor, channels: Sequence[int], outputs: int) -> 
 
 
 def checked_moments(
-    measured: Sequence[tuple[Conv1x1, Tensor, Tensor, int, float]], decision: FoldingDecision | None = None
+    measured: Sequence[tuple[Conv1x1, Tensor, Tensor, int, float]],
+    decision: FoldingDecision | None = None,
+    asked: Tensor | None = None,
 ) -> list[Tensor | None] | None:
     """The moments of the outputs, None where they were not needed to decide; or None if they are not exact enough.
 
@@ -170,8 +172,9 @@ def checked_moments(
 
     Args:
         measured: convolutions, mean, covariance and count of what they read, eps of their norms.
+        asked: by which ``folding_ops_of`` was asked, if not by what the first convolution reads.
     """
-    y = measured[0][0].y
+    y = measured[0][0].y if asked is None else asked
     known = None if decision is None else decision.known(y)
     if is_blind(y) or known is True:  # in the first case folding_ops_of has asked
         return [None] * len(measured)
