@@ -28,6 +28,9 @@ QUICK = [
     ("80", "conv1x1_bn_act_backward_* narrow bf16 channels_last"),
     ("100", "conv1x1_bn_act_backward_* wide bf16 channels_last"),
     ("gfx942", "conv1x1_bn_act_backward_* narrow bf16 channels_last"),
+    ("80", "conv1x1_statistics wide bf16 channels_last"),
+    ("100", "conv1x1_statistics narrow bf16 channels_last"),
+    ("gfx942", "conv1x1_statistics wide bf16 channels_last"),
     ("90", "conv1x1_bn_* bf16 f32-weight"),
     ("90", "conv1x1_bn_update_running *"),
     ("80", "conv1x1_bn_*fold odd bf16 f32-weight"),
@@ -35,7 +38,7 @@ QUICK = [
     ("gfx942", "conv1x1_bn_*fold wide bf16 f32-weight"),
 ]
 SHARED = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}  # bytes that a program may have
-OF_VECTORS = ("_combine_kernel", "_merge_parts_kernel", "_coefficients_kernel")  # and every finalise
+OF_VECTORS = ("_combine_kernel", "_merge_kernel", "_merge_parts_kernel", "_coefficients_kernel")  # and every finalise
 MATRIX = {"80": "mma", "90": "wgmma", "100": "tcgen05", "gfx942": "mfma"}
 
 
@@ -112,6 +115,6 @@ def test_compiled(tmp_path, target, cases):
 @pytest.mark.parametrize("target", ["80", "90", "100", "gfx942"])
 def test_every_kernel_compiled(tmp_path, target):
     rows = compile_rows(tmp_path, target, "*")
-    assert len({row["kernel"] for row in rows}) == 25
+    assert len({row["kernel"] for row in rows}) == 26
     for row in rows:
         check(row)
