@@ -162,8 +162,9 @@ class _Matrices:
         self.weight = _meta((k, c, 1, 1), _DTYPES[weight_dtype][0])
         self.vector, self.running = _meta((k,), torch.float64), _meta((k,), torch.float32)
         self.mean, self.cov = _meta((c,), torch.float64), _meta((c, c), torch.float64)
-        self.covariance = _meta((c, c), torch.float64 if self.dtype.itemsize > 2 else torch.float32)
-        self.stats, self.products = _meta((3, k), torch.float64), _meta((k, c), torch.float64)
+        matrix_dtype = conv1x1_bn_act.matrix_dtype(self.dtype)
+        self.covariance, self.products = _meta((c, c), matrix_dtype), _meta((k, c), matrix_dtype)
+        self.stats = _meta((3, k), torch.float64)
 
     def fold(self, known: bool = False) -> None:
         """``known``: mean and variance of the output; then also a shift to add to."""

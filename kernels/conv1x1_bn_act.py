@@ -685,8 +685,8 @@ def _combine_kernel(
     sums_ptr,  # [splits, M]
     origin_ptr,  # [M], or None
     vector_ptr,  # [M] float64: the column sums, or the means where SYMMETRIC; without products [groups, M]
-    out_ptr,  # [M, N] float64
-    out2_ptr,  # [M, N2] float64, or None
+    out_ptr,  # [M, N]
+    out2_ptr,  # [M, N2], or None
     rows,
     splits,
     group,  # parts that a program adds, without products
@@ -742,6 +742,7 @@ def _combine_kernel(
     elif partial_ptr is None:
         tl.store(vector_ptr + i.to(tl.int64) * width + col, sum_j, mask=exists)
     else:
+        total = total.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + i.to(tl.int64) * n + col, total, mask=col < n)
         if out2_ptr is not None:
             tl.store(out2_ptr + i.to(tl.int64) * n2 + (col - n), total, mask=exists & (col >= n))
@@ -881,6 +882,11 @@ def _align(*widths: int) -> int:
     while any(width % align for width in widths):
         align //= 2
     return align
+
+
+def matrix_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of covariances and products over all pixels of ``dtype``."""
+    return torch.float64 if dtype.itemsize > 2 else torch.float32
 
 
 def _precision(device: common.Device, dtype: torch.dtype) -> str:
@@ -1375,7 +1381,9 @@ def conv1x1_bn_act_backward_reduce(
     need_g: bool,
     need_products: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """g, its column sums, ``g^T Y`` and ``g^T Y2``, the last three in float64; what is not asked for is empty.
+    """g, its column sums in float64, ``g^T Y`` and ``g^T Y2``; what is not asked for is empty.
+
+    The products are summed in float64 too, and float32 where y has 16 bits.
 
     Raises:
         RuntimeError: tensors that do not fit together.
@@ -1391,8 +1399,8 @@ def conv1x1_bn_act_backward_reduce(
     g = torch.empty_like(dy) if need_g else y.new_empty(0)
     sum_g = y.new_empty(k, dtype=torch.float64)
     c, c2 = operand.channels, second.channels if second else 0
-    products = y.new_empty((k, c) if need_products else 0, dtype=torch.float64)
-    products2 = y.new_empty((k, c2) if need_products and second else 0, dtype=torch.float64)
+    products = y.new_empty((k, c) if need_products else 0, dtype=matrix_dtype(y.dtype))
+    products2 = y.new_empty((k, c2) if need_products and second else 0, dtype=matrix_dtype(y.dtype))
     if not dy.numel() or not c:
         return g, sum_g.zero_(), products.zero_(), products2.zero_()
     with torch.cuda.device_of(y):

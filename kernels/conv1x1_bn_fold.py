@@ -28,7 +28,7 @@ from torch import Tensor
 
 from . import common
 from .common import launch_options, round_to, scale_of, shift_of
-from .conv1x1_bn_act import _arch
+from .conv1x1_bn_act import _arch, matrix_dtype
 
 # Launch arguments that must not make a new variant of a kernel: what divides a row of w is told by ALIGN.
 SCALARS = ["k", "units", "row_blocks", "column_blocks"]
@@ -527,7 +527,7 @@ def conv1x1_bn_fold(
     folded = mean.new_empty((k, c), dtype=dtype)
     shift = mean.new_empty(k, dtype=_wide(dtype))
     stats = mean.new_empty((3, k))
-    covariance = mean.new_empty((c, c), dtype=torch.float64 if dtype.itemsize > 2 else torch.float32)
+    covariance = mean.new_empty((c, c), dtype=matrix_dtype(dtype))
     with torch.cuda.device_of(w):
         align = _align(c)
         tiles = _tiles(common.device_of(w), align)
@@ -590,7 +590,7 @@ def conv1x1_bn_unfold(
     _check(w, "covariance", covariance, (c, c), torch.float32, torch.float64)
     _check(w, "stats", stats, (3, k), torch.float64)
     _check(w, "sum_g", sum_g, (k,), torch.float64)
-    _check(w, "products", products, (k, c), torch.float64)
+    _check(w, "products", products, (k, c), torch.float32, torch.float64)
     dweight, slope = mean.new_empty(k), mean.new_empty(k)
     dconv_weight = torch.empty_like(conv_weight) if need_dconv_weight else conv_weight.new_empty(0)
     # where conv_weight is not dense in its own order, a copy of the result goes into its strides

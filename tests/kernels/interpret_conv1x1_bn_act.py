@@ -120,9 +120,9 @@ def assert_rounded(got: Tensor, want: Tensor, scale: Tensor) -> None:
     assert ((got.double() - want).abs() <= bound + torch.finfo(got.dtype).tiny).all()
 
 
-def assert_summed(got: Tensor, want: Tensor, scale: Tensor, exact: bool) -> None:
+def assert_summed(got: Tensor, want: Tensor, scale: Tensor, exact: bool, dtype: torch.dtype = torch.float64) -> None:
     assert got.shape == want.shape
-    assert got.dtype == torch.float64
+    assert got.dtype == dtype
     assert ((got - want).abs() <= (1e-14 if exact else 5e-7) * scale).all()
 
 
@@ -352,7 +352,7 @@ def check_reduce(y, k, stride, y2, stride2, with_mask, need_g, need_products, no
             assert got.shape == (0,)
             continue
         other = matrix(activation(operand, norm if operand is y else None), by)
-        assert_summed(got, rows.T @ other, rows.abs().T @ other.abs(), exact)
+        assert_summed(got, rows.T @ other, rows.abs().T @ other.abs(), exact, ops.matrix_dtype(y.dtype))
     gemm, combine = of(launches, "_columns_kernel"), of(launches, "_combine_kernel")
     # where rows do not end with bytes, the last byte of the words is no element's
     read_mask = 0 if mask is None else -(-dy.numel() // 8)

@@ -68,7 +68,8 @@ class Inputs:
         self.weight = self.bias = None
         if self.param_dtype is not None:
             self.weight, self.bias = (torch.randn(k).to(self.param_dtype) for _ in range(2))
-        self.sum_g, self.products = torch.randn(k, dtype=torch.float64), torch.randn(k, c, dtype=torch.float64)
+        self.sum_g = torch.randn(k, dtype=torch.float64)
+        self.products = torch.randn(k, c, dtype=ops.matrix_dtype(self.dtype))
 
     def fold(self, moments: Tensor | None = None, shift0: Tensor | None = None) -> tuple:
         affine, of_input = (self.conv_weight, self.weight, self.bias), (self.mean, self.cov, moments)
@@ -138,6 +139,18 @@ def test_unfold(k, c, dtype, weight_dtype, param_dtype):
             offset = -(got[2].double().T @ of.sum_g) / of.count - got[3].double().T @ of.mean
             want = (*want[:4], offset.to(want[4].dtype))
         assert_near(got, want)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_unfold_of_either_products(dtype):
+    """float32 and float64 with the same values give the same bits."""
+    of = Inputs(12, 40, dtype, "f32", "f32")
+    *_, stats, covariance = kernels.conv1x1_bn_fold(*of.fold())
+    of.products = of.products.float()
+    want = kernels.conv1x1_bn_unfold(*of.unfold(stats, covariance))
+    of.products = of.products.double()
+    got = kernels.conv1x1_bn_unfold(*of.unfold(stats, covariance))
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("moments", [False, True])
@@ -243,6 +256,7 @@ def test_refusals():
         (4, stats.float()),
         (5, of.sum_g.float()),
         (6, of.products.T.contiguous()),
+        (6, of.products.half()),
     ):
         with pytest.raises(RuntimeError):
             kernels.conv1x1_bn_unfold(*unfold[:i], value, *unfold[i + 1 :])
