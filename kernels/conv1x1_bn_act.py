@@ -4,7 +4,8 @@ Rows are pixels: y (N, C, H, W), channels_last, is a matrix of N*H*W rows of whi
 made of the same pieces: rows at a stride, a bit mask over the left operand, a second pair of operands.
 
 ``_rows_kernel`` multiplies rows by a small matrix: ``A B [+ A2 B2] + shift [+ residual]``, ReLU and bit mask. It is
-``apply`` (A, A2 = y, y2) and ``backward_apply`` (A = masked dy, A2 = y, one output for y and one for y2).
+``apply`` (A, A2 = y, y2), ``backward_apply`` (A = masked dy, A2 = y, one output for y and one for y2) and
+``conv1x1_statistics``: the product alone, whose epilogue leaves statistics of the tile for ``_merge_kernel``.
 
 ``_columns_kernel`` multiplies columns over all rows: ``A^T [B | B2]`` and the column sums of A, by chunks of rows whose
 results ``_combine_kernel`` adds in float64 in a fixed order. It is ``moments`` (A = B = y, upper tiles only) and
@@ -178,6 +179,37 @@ def _multiply_rows(
 
 
 @triton.jit
+def _store_statistics(
+    statistics_ptr,
+    out,
+    left,
+    c,
+    cols,
+    compute: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """(shift, mean - shift, M2) of the first ``left`` rows, in compute; the shift is the mean of a few."""
+    # by twos in a thread, which takes the rows off the lanes: there each sum would be up to five shuffles a column
+    even, odd = out.reshape(ROWS // 2, 2, COLS).permute(0, 2, 1).split()
+    even, odd = even.to(compute), odd.to(compute)
+    row = 2 * tl.arange(0, ROWS // 2)[:, None]
+    few = tl.where(left < 4, 1, 4)  # whose sum is exact where they are equal
+    shift = tl.sum(tl.where(row < few, even, 0.0) + tl.where(row + 1 < few, odd, 0.0), 0) * (1.0 / few.to(compute))
+    shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)  # an infinity is in the mean, not NaN
+    even = tl.where(row < left, even - shift[None, :], 0.0)
+    odd = tl.where(row + 1 < left, odd - shift[None, :], 0.0)
+    rest = tl.sum(even + odd, 0)
+    average = rest * (1.0 / left.to(compute))
+    m2 = tl.sum(even * even + odd * odd, 0) - rest * average
+    m2 = tl.where(m2 < 0.0, 0.0, m2)  # NaN passes
+    at = statistics_ptr + c
+    tl.store(at, shift, mask=c < cols)
+    tl.store(at + cols, average, mask=c < cols)
+    tl.store(at + 2 * cols, m2, mask=c < cols)
+
+
+@triton.jit
 def _finish(
     acc,
     shift_ptr,
@@ -189,6 +221,7 @@ def _finish(
     out_ptr,
     mask_ptr,
     sums_ptr,  # of the tile: [2, cols]
+    statistics_ptr,  # of the tile: [3, cols]
     first,  # rows of the masks: first + local
     to,  # where the tile's first row begins, in out, residual and y
     local,
@@ -203,13 +236,14 @@ def _finish(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Shift, residual, ReLU, bit mask, sums and store of some columns of a tile, from ``col`` on."""
+    """Shift, residual, ReLU, bit mask, sums, statistics and store of some columns of a tile, from ``col`` on."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     c = col + tl.arange(0, COLS)
     exists = (local < left)[:, None]
     inside = exists if EVEN_COLS else exists & (c < cols)[None, :]
     at = out_rows[:, None] * cols + c[None, :]
-    acc += tl.load(shift_ptr + c, mask=c < cols, other=0.0)[None, :]
+    if shift_ptr is not None:
+        acc += tl.load(shift_ptr + c, mask=c < cols, other=0.0)[None, :]
     if residual_ptr is not None:
         residual = tl.load((residual_ptr + to) + at, mask=inside, other=0.0)
         if residual_mask_ptr is not None:
@@ -224,6 +258,8 @@ def _finish(
         acc = tl.where(acc <= 0.0, 0.0, acc)  # NaN passes
     out = round_to(acc, dtype)
     tl.store((out_ptr + to) + at, out, mask=inside)
+    if statistics_ptr is not None:
+        _store_statistics(statistics_ptr, out, left, c, cols, acc.dtype, ROWS, COLS)
     if sums_ptr is not None:
         out = out.to(acc.dtype)
         stored = c < (cols if plain is None else tl.where(plain, 0, cols))
@@ -255,12 +291,13 @@ def _rows_kernel(
     a2_ptr,  # [rows, inner2], or None
     norm2_ptr,  # [3, inner2], or None: how a2 of the first output is normalised, which is 0 where that is not active
     b2_ptr,
-    shift_ptr,  # [cols]
+    shift_ptr,  # [cols], or None
     residual_ptr,  # [rows, cols], or None
     residual_mask_ptr,  # bits over residual, or None
     out_ptr,  # [rows, cols]
     out_mask_ptr,  # bits over out, or None
     sums_ptr,  # [tiles of rows, 2, cols], or None: sums of the first output, and of it times a2 less its mean
+    statistics_ptr,  # [tiles of rows, 3, cols], or None: shift, mean - shift and M2 of the first output
     other_b_ptr,  # of the second output, which shares a and its mask; all None without it
     other_a2_ptr,
     other_b2_ptr,
@@ -380,6 +417,8 @@ def _rows_kernel(
     to = (pixel if STRIDED_OUT else first.to(tl.int64)) * cols
     if sums_ptr is not None:
         sums_ptr += block.to(tl.int64) * (2 * cols)
+    if statistics_ptr is not None:
+        statistics_ptr += block.to(tl.int64) * (3 * cols)
     out_rows = pixels if STRIDED_OUT else local
     # a tile in pieces, where all of it at once would take too many registers
     pieces = (acc,)
@@ -400,6 +439,7 @@ def _rows_kernel(
             out_ptr,
             out_mask_ptr,
             sums_ptr,
+            statistics_ptr,
             first,
             to,
             local,
@@ -439,6 +479,65 @@ def _mask_kernel(out_ptr, mask_ptr, elements, mask_bytes, BLOCK: tl.constexpr):
     bits = keep.to(tl.int32).reshape(BLOCK // 8, 8) << tl.arange(0, 8)[None, :]
     byte = first // 8 + tl.arange(0, BLOCK // 8)
     tl.store(mask_ptr + byte, tl.sum(bits, axis=1).to(tl.uint8), mask=byte < mask_bytes)
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def _merge_kernel(
+    partial_ptr,  # [parts, 3, C]: shift, mean - shift, M2
+    out_ptr,  # float64: [groups, 3, C], or of the LAST launch, of one group, mean, M2 (C each) and count
+    rows,
+    chunk_rows,  # of a part
+    splits,  # parts
+    group,  # parts that a program merges
+    units,  # C = units * ALIGN
+    LAST: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Merges statistics (Chan), in order, relative to the mean of the first part of the group."""
+    channels = units * ALIGN
+    blocks = tl.cdiv(channels, BLOCK_C)
+    i = tl.program_id(0) // blocks
+    col = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    exists = col < channels
+    before = i * group
+    parts = tl.minimum(splits, before + group)
+    first = partial_ptr + before.to(tl.int64) * (3 * channels) + col
+    origin = tl.load(first, mask=exists, other=0.0).to(tl.float64)
+    origin += tl.load(first + channels, mask=exists, other=0.0).to(tl.float64)
+    count = tl.zeros([1, 1], tl.float64)
+    plain = tl.zeros([1, BLOCK_C], tl.float64)
+    s1 = tl.zeros([1, BLOCK_C], tl.float64)
+    s2 = tl.zeros([1, BLOCK_C], tl.float64)
+    for p in range(before, parts, BLOCK_P):
+        part = p + tl.arange(0, BLOCK_P)[:, None]
+        here = part < parts
+        n = tl.where(here, tl.minimum(rows - part.to(tl.int64) * chunk_rows, chunk_rows), 0).to(tl.float64)
+        at = partial_ptr + part.to(tl.int64) * (3 * channels) + col
+        shift = tl.load(at, mask=here & exists, other=0.0).to(tl.float64)
+        average = tl.load(at + channels, mask=here & exists, other=0.0).to(tl.float64)
+        m2 = tl.load(at + 2 * channels, mask=here & exists, other=0.0).to(tl.float64)
+        away = (shift - origin) + average
+        count += tl.sum(n, 0, keep_dims=True)
+        plain += tl.sum(n * (shift + average), 0, keep_dims=True)
+        s1 += tl.sum(n * away, 0, keep_dims=True)
+        s2 += tl.sum(m2 + n * away * away, 0, keep_dims=True)
+    away = s1 / count
+    m2 = s2 - s1 * away
+    finite = tl.abs(origin + away) < float("inf")  # else away is NaN where the mean may be an infinity
+    origin = tl.where(finite, origin, plain / count)
+    away = tl.where(finite, away, 0.0)
+    if LAST:
+        tl.store(out_ptr + col, origin + away, mask=exists)
+        tl.store(out_ptr + channels + col, m2, mask=exists)
+        zero = tl.zeros([1, 1], tl.int32)
+        tl.store(out_ptr + 2 * channels + zero, count, mask=tl.program_id(0) == zero)
+    else:
+        to = out_ptr + i.to(tl.int64) * (3 * channels) + col
+        tl.store(to, origin, mask=exists)
+        tl.store(to + channels, away, mask=exists)
+        tl.store(to + 2 * channels, m2, mask=exists)
 
 
 # ---- columns over all rows -------------------------------------------------------------------------------------------
@@ -787,6 +886,12 @@ BACKWARD_TILES = APPLY_TILES | {
     ("sm90", 2): (Tile(128, 64, 64, 256, 3), Tile(128, 256, 64, 256, 4, 2)),
     ("sm100", 2): (Tile(128, 64, 64, 256, 3), Tile(128, 256, 64, 256, 3, 2)),
 }
+# For an output of at most NARROW columns, and a wider one. In one piece, whose sums exchange least between threads.
+STATISTICS_TILES = APPLY_TILES | {
+    ("sm80", 2): (Tile(128, 64, 64, 128, 3), Tile(128, 128, 32, 256, 4)),
+    ("sm90", 2): (Tile(128, 64, 64, 128, 3), Tile(128, 128, 64, 256, 3)),
+    ("sm100", 2): (Tile(128, 64, 64, 128, 3), Tile(128, 128, 64, 256, 3)),
+}
 MOMENTS_TILES = {
     ("sm80", 2): (Tile(64, 64, 64, 128, 4, resident=3), Tile(128, 128, 32, 256, 4)),
     ("sm90", 2): (Tile(64, 64, 128, 128, 4, resident=3), Tile(128, 128, 64, 256, 4)),
@@ -831,7 +936,7 @@ NORM_MOMENTS_TILES = MOMENTS_TILES | {
     ("sm90", 2): (Tile(64, 64, 64, 256, 4, resident=2), Tile(128, 128, 32, 256, 6)),
 }
 BALANCE = 128  # products per element moved, from which arithmetic decides the time of ``_rows_kernel``
-NARROW = 64  # columns of y, up to which memory decides that of ``_columns_kernel``
+NARROW = 64  # columns of y, up to which memory decides that of ``_columns_kernel``; of an output with statistics
 FLOAT64_TENSOR_CORES = (
     "80",
     "90",
@@ -849,6 +954,7 @@ WIDE_ROWS = 2**31  # from which rows are counted in 64 bits
 ORIGIN_ROWS = 128
 COMBINE_PARTS, COMBINE_ELEMENTS = 32, 2048  # of a block that a program adds
 COMBINE_AT_ONCE, COMBINE_GROUP = 256, 64  # sums of tiles: from how many on they are first added in groups
+MERGE_PARTS, MERGE_COLUMNS = 64, 16  # of a block of statistics that a program merges
 MASK_BLOCK = 2048
 
 Tiles = dict[tuple[str, int], tuple[Tile, Tile]]
@@ -936,9 +1042,9 @@ def _mask_bytes(elements: int) -> int:
     return 2 * triton.cdiv(elements, 16)
 
 
-def _check_y(y: Tensor, stride: int) -> None:
+def _check_y(y: Tensor, stride: int, name: str = "y") -> None:
     if y.dim() != 4 or not y.is_contiguous(memory_format=torch.channels_last):
-        raise RuntimeError("y must be 4-D and channels_last")
+        raise RuntimeError(f"{name} must be 4-D and channels_last")
     if stride < 1:
         raise RuntimeError("stride must be positive")
 
@@ -1057,8 +1163,7 @@ def conv1x1_bn_act_apply(
             residual_mask,
             out,
             mask if in_kernel else None,
-            None,
-            *[None] * 5,
+            *[None] * 7,
             rows=a.rows,
             units=a.channels // align,
             units2=(a2.channels if a2 else 0) // align2,
@@ -1090,6 +1195,95 @@ def conv1x1_bn_act_apply(
                 out, mask, out.numel(), mask.numel(), BLOCK=MASK_BLOCK, **launch_options(128)
             )
     return out, mask
+
+
+def _merge(parts: Tensor, chunk_rows: int, rows: int) -> Tensor:
+    """Mean, M2 and count, (2C + 1,) float64, of the statistics of parts of ``chunk_rows``; in groups as sums."""
+    channels = parts.size(2)
+    align = _align(channels)
+    while True:
+        last = parts.size(0) <= COMBINE_AT_ONCE
+        group = parts.size(0) if last else COMBINE_GROUP
+        groups = triton.cdiv(parts.size(0), group)
+        shape = (2 * channels + 1,) if last else (groups, 3, channels)
+        merged = parts.new_empty(shape, dtype=torch.float64)
+        _merge_kernel[(groups * triton.cdiv(channels, MERGE_COLUMNS),)](
+            parts,
+            merged,
+            rows=rows,
+            chunk_rows=chunk_rows,
+            splits=parts.size(0),
+            group=group,
+            units=channels // align,
+            LAST=last,
+            ALIGN=align,
+            BLOCK_P=min(MERGE_PARTS, triton.next_power_of_2(group)),
+            BLOCK_C=MERGE_COLUMNS,
+            **launch_options(128),
+        )
+        if last:
+            return merged
+        parts, chunk_rows = merged, chunk_rows * group
+
+
+def conv1x1_statistics(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``X weight^T`` and, of it as it is stored, mean, M2 and count: (2K + 1,) in float64.
+
+    Raises:
+        RuntimeError: tensors that do not fit together, or without elements.
+    """
+    a, k = Operand(x, 1), weight.size(0)
+    _check_y(x, 1, "x")
+    _check(x, weight, (k, a.channels), "weight")
+    _check_dtype(x.dtype, weight)
+    if not (x.numel() and k):
+        raise RuntimeError("x and weight must have elements")
+    n, h, w = a.out_size
+    out = _empty(x, n, k, h, w)
+    with torch.cuda.device_of(x):
+        device = common.device_of(x)
+        align, align_out = _align(a.channels), _align(k)
+        tile = _tile(STATISTICS_TILES, device, x.element_size(), k > NARROW, min(align, align_out))
+        blocks, tiles = triton.cdiv(a.rows, tile.m), triton.cdiv(k, tile.n)
+        parts = x.new_empty((blocks, 3, k), dtype=wide_dtype(x))
+        _rows_kernel[(blocks * tiles,)](
+            x,
+            None,
+            None,
+            weight,
+            *[None] * 6,
+            out,
+            None,
+            None,
+            parts,
+            *[None] * 5,
+            rows=a.rows,
+            units=a.channels // align,
+            units2=0,
+            units_out=k // align_out,
+            units_other=0,
+            tiles=tiles,
+            tiles2=0,
+            out_height=h,
+            out_width=w,
+            **_geometry("", a),
+            **_geometry("2", None),
+            **_geometry("_other", None),
+            RELU=False,
+            TRANSPOSED=True,
+            STRIDED=False,
+            STRIDED2=False,
+            STRIDED_OUT=False,
+            WIDE=a.rows + tile.m >= WIDE_ROWS,
+            ALIGN=align,
+            ALIGN2=1,
+            ALIGN_OUT=align_out,
+            EVEN=a.channels % tile.inner == 0,
+            EVEN2=True,
+            EVEN_COLS=k % tile.n == 0,
+            **_options(tile, device, x.dtype, a.channels),
+        )
+        return out, _merge(parts, tile.m, a.rows)
 
 
 def conv1x1_bn_act_backward_apply(
@@ -1178,6 +1372,7 @@ def conv1x1_bn_act_backward_apply(
             dx,
             None,
             of_tiles,
+            None,
             *((other[2], other[0].tensor, *other[3:]) if other else [None] * 5),
             rows=operand.rows,
             units=k // align,

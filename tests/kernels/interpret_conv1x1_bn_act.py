@@ -51,6 +51,9 @@ NORMS += [((3, 24, 5, 7), 40, "bf16"), ((3, 24, 5, 7), 40, "f32")]
 NORM_PAIRS = [pair for pair in PAIRS if pair[1] == 1] + [((2, 13, 3, 5), 1, 40, (6, 9), 2, 24, "f16")]
 
 
+REFERENCE = torch.ops.fusedres
+
+
 @pytest.fixture(autouse=True)
 def _poison():
     torch.use_deterministic_algorithms(True)  # uninitialised memory is NaN
@@ -63,7 +66,7 @@ def _small_tiles(monkeypatch):
     """Many tiles and chunks of rows of a small tensor."""
     rows, columns = kernels.Tile(16, 32, 16, 128, 1, pieces=2), kernels.Tile(16, 16, 16, 128, 1)
     tiles = {"APPLY": rows, "BACKWARD": rows, "MOMENTS": columns, "REDUCE": columns}
-    tiles |= {"NORM_APPLY": rows, "NORM_BACKWARD": rows._replace(pieces=4), "NORM_MOMENTS": columns}
+    tiles |= {"STATISTICS": rows, "NORM_APPLY": rows, "NORM_BACKWARD": rows._replace(pieces=4), "NORM_MOMENTS": columns}
     for table, tile in tiles.items():
         monkeypatch.setattr(kernels, f"{table}_TILES", {("other", size): (tile, tile) for size in (2, 4, 8)})
     monkeypatch.setattr(kernels, "MOMENTS_CHUNK_ROWS", 32)
@@ -73,6 +76,8 @@ def _small_tiles(monkeypatch):
     monkeypatch.setattr(kernels, "COMBINE_ELEMENTS", 64)
     monkeypatch.setattr(kernels, "COMBINE_AT_ONCE", 2)
     monkeypatch.setattr(kernels, "COMBINE_GROUP", 2)
+    monkeypatch.setattr(kernels, "MERGE_PARTS", 2)
+    monkeypatch.setattr(kernels, "MERGE_COLUMNS", 8)
     monkeypatch.setattr(common, "INTERPRETED_DEVICE", common.Device(8, 1 << 20, "90"))
     yield
     kernels._chunk_rows.cache_clear()
@@ -323,6 +328,77 @@ def test_nan_passes_the_norm():
     assert torch.equal(sums[0].isnan(), there[0, :, 1, 1])
 
 
+def check_statistics(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """out, and its statistics as it is stored: as exact, relative to the deviation, as its dtype's accumulator is."""
+    k = weight.size(0)
+    (out, partial), (gemm, *merging) = twice(lambda: kernels.conv1x1_statistics(x, weight))
+    n, _, h, w = x.shape
+    assert (out.shape, out.dtype) == ((n, k, h, w), x.dtype)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    rows = matrix(x)
+    assert_rounded(matrix(out).to(x.dtype), rows @ weight.double().T, rows.abs() @ weight.double().abs().T)
+    stored = matrix(out)
+    mean = stored.mean(0)
+    centred = stored - mean
+    count, m2 = len(stored), centred.square().sum(0)
+    assert (partial.shape, partial.dtype, partial[-1]) == ((2 * k + 1,), torch.float64, count)
+    exact = x.dtype == torch.float64
+    scale = (m2 / count).sqrt() * (1e-13 if exact else 2e-6) + 1e-15 * mean.abs()
+    assert ((partial[:k] - mean).abs() <= scale).all()
+    assert ((partial[k:-1] - m2).abs() <= (1e-13 if exact else 5e-6) * m2 + 1e-28 * count * mean.square()).all()
+    assert gemm.loads == nbytes(x, weight)
+    # partial results of tiles, merged in groups while there are many
+    m, size = 3 * k, 8 if exact else 4
+    parts, rest = divmod(gemm.stores - nbytes(out), m * size)
+    assert rest == 0
+    assert gemm.requested_stores == gemm.stores
+    wanted = []
+    while parts > kernels.COMBINE_AT_ONCE:
+        groups = -(-parts // kernels.COMBINE_GROUP)
+        wanted.append((parts * m * size, groups * m * 8))
+        parts, size = groups, 8
+    assert [(one.loads, one.stores) for one in merging] == [*wanted, (parts * m * size, nbytes(partial))]
+    return out, partial
+
+
+@pytest.mark.parametrize(("shape", "k", "stride", "dtype"), CASES, ids=str)
+def test_statistics(shape, k, stride, dtype):
+    check_statistics(image(shape, DTYPES[dtype]), torch.randn(k, shape[1]).to(DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("mean", [100.0, 1e4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics_of_a_large_mean(dtype, mean):
+    """As good at so many standard deviations as at none."""
+    x = image((3, 17, 9, 7), DTYPES[dtype], mean)
+    weight = torch.rand(20, 17).to(x.dtype) / 17
+    out, partial = check_statistics(x, weight)
+    want = REFERENCE.batch_norm_statistics_reference(out)
+    torch.testing.assert_close(partial[:20], want[:20], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics_of_a_constant(dtype):
+    """Exact."""
+    x = torch.full((2, 1, 5, 7), 1.7, dtype=DTYPES[dtype]).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(9, 1).to(x.dtype)
+    out, partial = kernels.conv1x1_statistics(x, weight)
+    assert torch.equal(partial[:9], out[0, :, 0, 0].double())
+    assert (partial[9:18] == 0).all()
+
+
+@pytest.mark.parametrize("values", [("inf",), ("-inf",), ("inf", "-inf"), ("nan",), ("nan", "inf")], ids=str)
+@pytest.mark.parametrize("pixel", [(0, 0, 0), (1, 4, 6)], ids=["first", "last"])
+def test_statistics_that_are_not_finite(values, pixel):
+    """As the reference's, in whichever tile."""
+    x = image((2, 1, 5, 7), torch.bfloat16)
+    for value, (n, h, w) in zip(values, (pixel, (0, 3, 3)), strict=False):
+        x[n, 0, h, w] = float(value)
+    out, partial = kernels.conv1x1_statistics(x, torch.tensor([[1.0], [-1.0]]).bfloat16())
+    want = REFERENCE.batch_norm_statistics_reference(out)
+    torch.testing.assert_close(partial, want, equal_nan=True, rtol=0, atol=0)
+
+
 def gradient(y: Tensor, k: int, stride: int, with_mask: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """dy, mask, and g as rows."""
     n, _, h, w = y[:, :, ::stride, ::stride].shape
@@ -506,6 +582,7 @@ def test_rows_counted_in_64_bits(monkeypatch):
     check_reduce(y, 24, 2, None, 1, True, True, True)
     check_backward_apply(y, 24, 2, None, 1, True, (True, False))
     check_normalised(coarse(y.shape, y.dtype), 24)
+    check_statistics(y, torch.randn(24, 16).bfloat16())
 
 
 def check_normalised(y: Tensor, k: int) -> None:
@@ -535,6 +612,8 @@ def check_real_tiles(monkeypatch, dtype: str, arch: str) -> None:
     check_reduce(y, 136, 1, None, 1, True, False, True)
     check_backward_apply(y, 136, 1, None, 1, True, (True, False))
     check_normalised(coarse(y.shape, y.dtype), 136)
+    for k in (136, 40):
+        check_statistics(y, torch.randn(k, 72).to(y.dtype))
 
 
 @pytest.mark.parametrize(("dtype", "arch"), [("bf16", "90")])
@@ -563,6 +642,8 @@ def test_no_pixels(shape):
     assert mask.numel() == 0
     sums = kernels.conv1x1_bn_act_backward_reduce(dy, mask, y, norm, 1, None, 1, False, True)[1:]
     assert [(s.shape, bool((s == 0).all())) for s in sums] == [((16,), True), ((16, 8), True), ((0,), True)]
+    with pytest.raises(RuntimeError, match="elements"):
+        kernels.conv1x1_statistics(y, folded)
     dx, _, of_dx = kernels.conv1x1_bn_act_backward_apply(
         dy, mask, y, norm, folded, mixing, torch.zeros(8), 1, None, None, None, None, 1, True, False
     )
@@ -600,6 +681,13 @@ def test_refuses_what_does_not_fit():
     for change in wrong:
         with pytest.raises(RuntimeError):
             apply(**change)
+    for args in (
+        *((t, folded) for t in (y.contiguous(), y[0], y.bfloat16())),
+        *((y, t) for t in (folded[:, :7], folded.t().contiguous().t(), folded.bfloat16(), folded[:0])),
+        (y, folded.view(16, 8, 1, 1)),
+    ):
+        with pytest.raises(RuntimeError):
+            kernels.conv1x1_statistics(*args)
     matrices = (folded, torch.zeros(8, 8), torch.zeros(8))
     for unfit, stride in ((norm[:2], 1), (norm.double(), 1), (norm, 2)):
         dy = residual[:, :, ::stride, ::stride].contiguous(memory_format=torch.channels_last)
@@ -639,6 +727,7 @@ def test_traffic(dtype, with_norm):
         assert (launches[0].loads, nbytes(*results)) == (launch.loads, launch.stores)
 
     check(lambda: kernels.conv1x1_moments(y, norm, 1), ops.conv1x1_moments_traffic(y.shape, dtype, norm=with_norm))
+    check(lambda: kernels.conv1x1_statistics(y, of_y[0]), ops.conv1x1_statistics_traffic(y.shape, k, dtype))
     of = functools.partial(ops.conv1x1_bn_act_apply_traffic, y.shape, k, dtype, norm=with_norm)
     check(
         lambda: apply(y, norm, of_y[0], shift, 1, None, None, 1, dy, mask, False, False),
