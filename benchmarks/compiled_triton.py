@@ -30,7 +30,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fusedres.kernels import add_act, batch_norm_act, batch_norm_act_max_pool, common, conv1x1_bn_act, conv1x1_bn_fold
+from fusedres.kernels import (
+    add_act,
+    batch_norm_act,
+    batch_norm_act_max_pool,
+    batch_norm_sync,
+    common,
+    conv1x1_bn_act,
+    conv1x1_bn_fold,
+)
 
 TARGETS = {
     "80": GPUTarget("cuda", 80, 32),
@@ -95,6 +103,29 @@ class _Call:
     def pair_backward(self) -> None:
         norm = (self.x, *self.affine, self.stats, True)
         batch_norm_act.batch_norm_add_batch_norm_act_backward(self.x, *norm, *norm, True, *[True] * 4)
+
+    @property
+    def sums(self) -> Tensor:
+        """Of a process, as the synchronised norm exchanges them."""
+        return _meta((2 * self.x.size(1) + 1,), torch.float64)
+
+    def statistics(self) -> None:
+        batch_norm_sync.batch_norm_statistics(self.x)
+
+    def sync_apply(self, residual: bool = False, momentum: float | None = 0.1) -> Tensor:
+        partials, norm = _meta((8, self.sums.size(0)), torch.float64), (*self.norm, momentum, 1e-5)
+        return batch_norm_sync.batch_norm_act_apply(
+            self.x, self.x if residual else None, partials, *norm, True, residual
+        )[2]
+
+    def sync_reduce(self, residual: bool = False) -> None:
+        mask = self.sync_apply(True) if residual else None
+        batch_norm_sync.batch_norm_act_backward_reduce(self.x, self.x, *self.affine, self.stats, mask, True, True)
+
+    def sync_backward(self, residual: bool = False) -> None:
+        mask = self.sync_apply(True) if residual else None
+        saved = (self.x, self.x, *self.affine, self.stats, mask, self.sums)
+        batch_norm_sync.batch_norm_act_backward_apply(*saved, True, True, residual)
 
     def stem(self, training: bool = True) -> None:
         batch_norm_act_max_pool.batch_norm_act_max_pool(self.x, *self.norm, training, 0.1, 1e-5, True, *_STEM)
@@ -210,6 +241,23 @@ _CONV1X1 = {
 }
 
 
+_SYNC = {
+    "batch_norm_act_apply": "sync_apply",
+    "batch_norm_act_backward_reduce": "sync_reduce",
+    "batch_norm_act_backward_apply": "sync_backward",
+}
+
+
+def _add_sync(add: Callable[..., None]) -> None:
+    for dtype, layout in itertools.product(("bf16", "f32", "f64"), ("channels_last", "contiguous")):
+        add("batch_norm_statistics", _LARGE, dtype, layout, "statistics")
+        for name, method in _SYNC.items():
+            add(f"{name}+residual", _LARGE, dtype, layout, method, residual=True)
+    for name, method in _SYNC.items():
+        add(name, _LARGE, "bf16", "channels_last", method)
+    add("batch_norm_act_apply cumulative", _LARGE, "bf16", "channels_last", "sync_apply", momentum=None)
+
+
 def _add_conv1x1(add: Callable[..., None]) -> None:
     sizes = {"narrow": _NARROW, "wide": _WIDE}
     for norm, suffix in ((False, ""), (True, "+norm")):
@@ -305,6 +353,7 @@ def cases() -> dict[str, Callable[[], Any]]:
     add("batch_norm_act cumulative", _LARGE, "bf16", "channels_last", "forward", momentum=None)
     add("batch_norm_act+residual odd", (64, 67, 28, 28), "bf16", "channels_last", "forward", residual=True)
     add("batch_norm_act_backward+residual odd", (64, 67, 28, 28), "bf16", "channels_last", "backward", residual=True)
+    _add_sync(add)
     _add_conv1x1(add)
     return table | _matrix_cases()
 

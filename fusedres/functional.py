@@ -895,9 +895,19 @@ def batch_norm_act_conv(
     check_tensor("conv_weight", conv_weight)
     check_tensor("conv_bias", conv_bias, optional=True)
     convolution = Convolution(pair("stride", stride), pair("padding", padding), pair("dilation", dilation), groups)
+    amp = autocast_dtype(x)
+    if conv_weight.dim() != x.dim() or (x.dim() == 4 and conv_weight.size(1) * groups != x.size(1)):
+        raise RuntimeError(
+            f"conv_weight must be (K, {x.size(1)} / {groups}, kH, kW) for x of shape {tuple(x.shape)}, "
+            f"but got shape {tuple(conv_weight.shape)}"
+        )
+    for name, parameter in (("conv_weight", conv_weight), ("conv_bias", conv_bias)):
+        if amp is None and parameter is not None and parameter.dtype != x.dtype:
+            raise RuntimeError(f"{name} must have the dtype of x, {x.dtype}, but got {parameter.dtype}")
     keeps = training and _wants_gradients(x, weight, bias, conv_weight, conv_bias)
     visible = not is_compiling() and not is_traced() and can_move(running_mean, running_var, num_batches_tracked)
-    by = passes(x) if keeps and visible and x.dim() == 4 and conv_weight.dim() == 4 else None
+    keeps = keeps and x.dim() == 4 and (x.numel() > 0 or process_group is not None)
+    by = passes(x) if keeps and visible else None
     if by is None and process_group is not None:
         raise RuntimeError("process_group is for training with gradients, and not while traced or compiled")
     if by is None:
@@ -917,10 +927,7 @@ def batch_norm_act_conv(
     check_not_inference({"x": x, "weight": weight, "bias": bias, "conv_weight": conv_weight, "conv_bias": conv_bias})
     memory_format = memory_format_of(x)
     x = x.contiguous(memory_format=memory_format)
-    amp = autocast_dtype(x)
     dtype = amp or x.dtype
-    if amp is None and conv_weight.dtype != x.dtype:
-        raise RuntimeError(f"conv_weight must have the dtype of x, {x.dtype}, but got {conv_weight.dtype}")
     norm = Norm(running_mean, running_var, num_batches_tracked, momentum, eps, process_group)
     config = (norm, act == "relu", convolution, dtype, memory_format, by)
     return BatchNormActConvFunction.apply(x, weight, bias, conv_weight, conv_bias, config)

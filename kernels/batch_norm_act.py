@@ -10,6 +10,8 @@ Statistics of channels that hold an infinity are NaN.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -116,7 +118,7 @@ def _values_of_parts(part, parts, rows, width, col_tiles, chunk_rows, LAYOUT: tl
 
 
 @triton.jit
-def _merge(
+def merged(
     partial_ptr,
     channel,
     channels,
@@ -187,7 +189,7 @@ def _finalise_kernel(
 ):
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     width = units * VEC
-    mean, m2, count = _merge(
+    mean, m2, count = merged(
         partial_ptr, channel, channels, rows, width, col_tiles, chunk_rows, parts, LAYOUT, COLS, BLOCK_P, BLOCK_C
     )
     save_statistics(
@@ -205,7 +207,7 @@ def _finalise_kernel(
         CUMULATIVE,
     )
     if partial2_ptr is not None:
-        mean, m2, count = _merge(
+        mean, m2, count = merged(
             partial2_ptr, channel, channels, rows, width, col_tiles, chunk_rows, parts, LAYOUT, COLS, BLOCK_P, BLOCK_C
         )
         save_statistics(
@@ -560,50 +562,63 @@ class Norm:
 _NO_NORM = (None,) * 5
 
 
-def _block_of_parts(parts: int) -> int:
+def block_of_parts(parts: int) -> int:
     return 32 if parts <= 32 else 256
 
 
 BLOCK_C = 8  # channels of a program that merges partial results: one sector of float32
 
 
+def launch_partial_statistics(xs: list[Tensor], counters: list[Tensor | None], plan: Plan) -> list[Tensor]:
+    """Partial statistics of one or two tensors, [3, parts, C] each; moves the counters."""
+    x = xs[0]
+    partials = [x.new_empty((3, plan.parts, x.size(1)), dtype=wide_dtype(x)) for _ in xs]
+    arguments = [a for of_one in zip(xs, partials, counters, strict=True) for a in of_one]
+    arguments += [None] * (6 - len(arguments))
+    _statistics_kernel[plan.grid](*arguments, parts=plan.parts, **geometry(x, plan))
+    return partials
+
+
+def merging(plan: Plan, channels: int) -> dict[str, Any]:
+    """The launch arguments of a kernel that merges what :func:`launch_partial_statistics` left."""
+    return {
+        "channels": channels,
+        "rows": plan.rows,
+        "units": plan.width // plan.vec,
+        "col_tiles": plan.col_tiles,
+        "chunk_rows": plan.chunk_rows,
+        "parts": plan.parts,
+        "LAYOUT": plan.layout,
+        "VEC": plan.vec,
+        "COLS": plan.tile_cols,
+        "BLOCK_P": block_of_parts(plan.parts),
+        "BLOCK_C": BLOCK_C,
+        **launch_options(128),
+    }
+
+
 def launch_statistics(norms: list[Norm]) -> None:
     """Two launches: partial statistics of all ``norms``, and what becomes of them."""
-    x = norms[0].x
-    plan = reduce_plan(x)
-    channels = x.size(1)
-    partials = [x.new_empty((3, plan.parts, channels), dtype=wide_dtype(x)) for _ in norms]
-    passes, merges = [], []
+    plan = reduce_plan(norms[0].x)
+    channels = norms[0].x.size(1)
+    partials = launch_partial_statistics([norm.x for norm in norms], [norm.counter for norm in norms], plan)
+    merges = []
     for norm, partial in zip(norms, partials, strict=True):
-        passes += [norm.x, partial, norm.counter]
         merges += [
             *(partial, norm.stats, *norm.running),
             *(norm.counter if norm.cumulative else None, norm.momentum, norm.eps),
         ]
     if len(norms) == 1:
-        passes += [None] * 3
         merges += [None] * 5 + [0.0, 0.0]
-    _statistics_kernel[plan.grid](*passes, parts=plan.parts, **geometry(x, plan))
     _finalise_kernel[(triton.cdiv(channels, BLOCK_C),)](
         *merges,
-        channels=channels,
-        rows=plan.rows,
-        units=plan.width // plan.vec,
-        col_tiles=plan.col_tiles,
-        chunk_rows=plan.chunk_rows,
-        parts=plan.parts,
         CUMULATIVE=norms[0].cumulative,
         CUMULATIVE2=norms[-1].cumulative,
-        LAYOUT=plan.layout,
-        VEC=plan.vec,
-        COLS=plan.tile_cols,
-        BLOCK_P=_block_of_parts(plan.parts),
-        BLOCK_C=BLOCK_C,
-        **launch_options(128),
+        **merging(plan, channels),
     )
 
 
-def _mask_bytes(x: Tensor) -> int:
+def mask_bytes(x: Tensor) -> int:
     n, c, h, w = x.shape
     if layout_of(x) == "channels_last":
         return 2 * triton.cdiv(x.numel(), 16)
@@ -613,55 +628,69 @@ def _mask_bytes(x: Tensor) -> int:
 def check_saved(x: Tensor, stats: Tensor, mask: Tensor | None) -> None:
     if stats.shape != (3, x.size(1)) or stats.dtype != wide_dtype(x) or not stats.is_contiguous():
         raise RuntimeError("stats must be what the forward returned")
-    if mask is not None and (mask.numel() != _mask_bytes(x) or mask.dtype != torch.uint8 or not mask.is_contiguous()):
+    if mask is not None and (mask.numel() != mask_bytes(x) or mask.dtype != torch.uint8 or not mask.is_contiguous()):
         raise RuntimeError("mask must be what the forward returned")
+
+
+def has_byte_tiles(x: Tensor) -> bool:
+    """Whether the bytes of a mask lie in one tile: of a channels_last tensor they may lie across rows and slabs."""
+    return layout_of(x) == "contiguous" or x.size(1) % 8 == 0
+
+
+def launch_apply(
+    norms: list[Norm], residual: Tensor | None, out: Tensor, mask: Tensor | None, relu: bool, reverse: bool
+) -> None:
+    """The pass that writes ``out`` and, if wanted, its mask; ``residual`` is laid out like x."""
+    x = norms[0].x
+    second = norms[1] if len(norms) == 2 else None
+    plan = apply_plan(x, None if mask is None or has_byte_tiles(x) else "flat")
+    _apply_kernel[plan.grid](
+        x,
+        *norms[0].coefficients,
+        norms[0].eps,
+        second.x if second else residual,
+        *(second.coefficients if second else _NO_NORM),
+        second.eps if second else 0.0,
+        out,
+        mask,
+        TRAINING=norms[0].training,
+        TRAINING2=second.training if second else False,
+        SECOND=_second(norms, residual),
+        RELU=relu,
+        **geometry(x, plan, reverse),
+    )
+
+
+def _second(norms: list[Norm], residual: Tensor | None) -> str:
+    return "norm" if len(norms) == 2 else "none" if residual is None else "residual"
 
 
 def _forward(norms: list[Norm], residual: Tensor | None, relu: bool, save_mask: bool) -> tuple[Tensor, Tensor]:
     """out and mask; ``norms`` are one or two."""
     x = norms[0].x
-    second = norms[1] if len(norms) == 2 else None
     out = torch.empty_like(x)
-    # bytes of the mask of a channels_last tensor lie across rows and slabs otherwise
-    byte_tiles = not save_mask or layout_of(x) == "contiguous" or x.size(1) % 8 == 0
-    mask = x.new_empty(_mask_bytes(x) if save_mask else 0, dtype=torch.uint8)
+    mask = x.new_empty(mask_bytes(x) if save_mask else 0, dtype=torch.uint8)
     if residual is not None:
         residual = laid_out_like(residual, x)
-    other = second.x if second else residual
-    kind = "norm" if second else "none" if residual is None else "residual"
     to_mask = mask if save_mask else None
     in_training = [norm for norm in norms if norm.training]
+    fits = not save_mask or has_byte_tiles(x)
     with torch.cuda.device_of(x):
-        if len(in_training) == len(norms) and byte_tiles and not any(norm.cumulative for norm in norms):
+        if len(in_training) == len(norms) and fits and not any(norm.cumulative for norm in norms):
             plan = one_pass_plan(x)
             if plan is not None:
                 arguments = []
                 for norm in norms:
                     arguments += [norm.x, *norm.coefficients, norm.counter, norm.momentum, norm.eps]
-                if second is None:
-                    arguments += [other, *_NO_NORM, None, 0.0, 0.0]
+                if len(norms) == 1:
+                    arguments += [residual, *_NO_NORM, None, 0.0, 0.0]
                 _one_pass_kernel[(plan.slabs,)](
-                    *arguments, out, to_mask, SECOND=kind, RELU=relu, **geometry(x, plan, True)
+                    *arguments, out, to_mask, SECOND=_second(norms, residual), RELU=relu, **geometry(x, plan, True)
                 )
                 return out, mask
         if in_training:
             launch_statistics(in_training)
-        plan = apply_plan(x, None if byte_tiles else "flat")
-        _apply_kernel[plan.grid](
-            x,
-            *norms[0].coefficients,
-            norms[0].eps,
-            other,
-            *(second.coefficients if second else _NO_NORM),
-            second.eps if second else 0.0,
-            out,
-            to_mask,
-            TRAINING=norms[0].training,
-            TRAINING2=second.training if second else False,
-            SECOND=kind,
-            RELU=relu,
-            **geometry(x, plan, bool(in_training) and in_reverse(x, len(in_training))),
-        )
+        launch_apply(norms, residual, out, to_mask, relu, bool(in_training) and in_reverse(x, len(in_training)))
     return out, mask
 
 
@@ -1299,7 +1328,7 @@ def _backward_reduce_kernel(
 
 
 @triton.jit
-def _sum_of_parts(partial_ptr, channel, channels, parts, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def sum_of_parts(partial_ptr, channel, channels, parts, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     s = tl.zeros([1, BLOCK_C], tl.float64)
     for p in range(0, parts, BLOCK_P):
         part = p + tl.arange(0, BLOCK_P)[:, None]
@@ -1311,7 +1340,7 @@ def _sum_of_parts(partial_ptr, channel, channels, parts, BLOCK_P: tl.constexpr, 
 
 
 @triton.jit
-def _store_affine(dweight_ptr, dbias_ptr, s, s1, rstd, channel, channels):
+def store_affine(dweight_ptr, dbias_ptr, s, s1, rstd, channel, channels):
     """dweight and dbias from the float64 sums of g and g * centred x."""
     if dweight_ptr is not None:
         dtype: tl.constexpr = dweight_ptr.dtype.element_ty
@@ -1320,7 +1349,7 @@ def _store_affine(dweight_ptr, dbias_ptr, s, s1, rstd, channel, channels):
 
 
 @triton.jit
-def _slope(s1, rstd, values, dtype: tl.constexpr):
+def slope_of(s1, rstd, values, dtype: tl.constexpr):
     """What the gradient loses per unit of centred x: rstd * dweight / m."""
     wide = rstd.to(tl.float64)
     return (s1 * wide * wide / values).to(dtype)
@@ -1346,21 +1375,21 @@ def _backward_finalise_kernel(
     exists = channel < channels
     stride = parts.to(tl.int64) * channels
     values = rows.to(tl.float64)
-    s = _sum_of_parts(partial_ptr, channel, channels, parts, BLOCK_P, BLOCK_C)
-    s1 = _sum_of_parts(partial_ptr + stride, channel, channels, parts, BLOCK_P, BLOCK_C)
+    s = sum_of_parts(partial_ptr, channel, channels, parts, BLOCK_P, BLOCK_C)
+    s1 = sum_of_parts(partial_ptr + stride, channel, channels, parts, BLOCK_P, BLOCK_C)
     rstd = tl.load(stats_ptr + channels + channel, mask=exists, other=0.0)
-    _store_affine(dweight_ptr, dbias_ptr, s, s1, rstd, channel, channels)
+    store_affine(dweight_ptr, dbias_ptr, s, s1, rstd, channel, channels)
     if coefficient_ptr is not None:
         dtype: tl.constexpr = coefficient_ptr.dtype.element_ty
         tl.store(coefficient_ptr + channel, (s / values).to(dtype), mask=exists)
-        tl.store(coefficient_ptr + channels + channel, _slope(s1, rstd, values, dtype), mask=exists)
+        tl.store(coefficient_ptr + channels + channel, slope_of(s1, rstd, values, dtype), mask=exists)
     if stats2_ptr is not None:
-        s2 = _sum_of_parts(partial_ptr + 2 * stride, channel, channels, parts, BLOCK_P, BLOCK_C)
+        s2 = sum_of_parts(partial_ptr + 2 * stride, channel, channels, parts, BLOCK_P, BLOCK_C)
         rstd2 = tl.load(stats2_ptr + channels + channel, mask=exists, other=0.0)
-        _store_affine(dweight2_ptr, dbias2_ptr, s, s2, rstd2, channel, channels)
+        store_affine(dweight2_ptr, dbias2_ptr, s, s2, rstd2, channel, channels)
         if coefficient_ptr is not None:
             dtype2: tl.constexpr = coefficient_ptr.dtype.element_ty
-            tl.store(coefficient_ptr + 2 * channels + channel, _slope(s2, rstd2, values, dtype2), mask=exists)
+            tl.store(coefficient_ptr + 2 * channels + channel, slope_of(s2, rstd2, values, dtype2), mask=exists)
 
 
 @triton.jit
@@ -1637,13 +1666,13 @@ def _backward_one_pass_kernel(
     values = rows.to(tl.float64)
     if LAYOUT == "contiguous":
         values *= width.to(tl.float64)
-    _store_affine(dweight_ptr, dbias_ptr, s, s1, rstd, channel, channels)
+    store_affine(dweight_ptr, dbias_ptr, s, s1, rstd, channel, channels)
     mean_g = (s / values).to(mean.dtype)
-    slope = _slope(s1, rstd, values, mean.dtype)
+    slope = slope_of(s1, rstd, values, mean.dtype)
     slope2 = slope
     if x2_ptr is not None:
-        _store_affine(dweight2_ptr, dbias2_ptr, s, s2, rstd2, channel, channels)
-        slope2 = _slope(s2, rstd2, values, mean.dtype)
+        store_affine(dweight2_ptr, dbias2_ptr, s, s2, rstd2, channel, channels)
+        slope2 = slope_of(s2, rstd2, values, mean.dtype)
     for i in range(col_tiles):
         _backward_apply_rows(
             dy_ptr,
@@ -1724,9 +1753,62 @@ def launch_backward_finalise(
         channels=channels,
         rows=values,
         parts=plan.parts,
-        BLOCK_P=_block_of_parts(plan.parts),
+        BLOCK_P=block_of_parts(plan.parts),
         BLOCK_C=BLOCK_C,
         **launch_options(128),
+    )
+
+
+class Gradients(NamedTuple):
+    """What a pass of a backward writes, of which some may be None."""
+
+    dx: Tensor | None = None
+    dx2: Tensor | None = None
+    dresidual: Tensor | None = None
+
+
+def _backward_inputs(dy: Tensor, norms: list[SavedNorm], mask: Tensor | None) -> list[Tensor | None]:
+    return [dy, *norms[0].inputs, *(norms[1].inputs if len(norms) == 2 else [None] * 4), mask]
+
+
+def launch_backward_reduce(
+    dy: Tensor,
+    norms: list[SavedNorm],
+    mask: Tensor | None,
+    relu: bool,
+    gradients: Gradients,
+    partial: Tensor | None,
+    plan: Plan,
+) -> None:
+    """Partial sums, if ``partial`` is there, and gradients that need no sums; ``dy`` is laid out like x."""
+    x = norms[0].x
+    _backward_reduce_kernel[plan.grid](
+        *_backward_inputs(dy, norms, mask),
+        *gradients,
+        partial,
+        parts=plan.parts,
+        READ_X=partial is not None or (relu and mask is None),
+        RELU=relu,
+        BYTE_TILES=has_byte_tiles(x),
+        **geometry(x, plan),
+    )
+
+
+def launch_backward_apply(
+    dy: Tensor, norms: list[SavedNorm], mask: Tensor | None, relu: bool, gradients: Gradients, coefficients: Tensor
+) -> None:
+    """Gradients that need sums; ``coefficients`` [2 or 3, C] are those of them."""
+    x = norms[0].x
+    plan = apply_plan(x)
+    _backward_apply_kernel[plan.grid](
+        *_backward_inputs(dy, norms, mask),
+        *gradients,
+        coefficients,
+        TRAINING=norms[0].training,
+        TRAINING2=norms[-1].training,
+        RELU=relu,
+        BYTE_TILES=has_byte_tiles(x),
+        **geometry(x, plan, in_reverse(x, 1 + len(norms))),
     )
 
 
@@ -1736,44 +1818,36 @@ def _backward(dy: Tensor, norms: list[SavedNorm], mask: Tensor | None, relu: boo
     channels = x.size(1)
     dresidual = torch.empty_like(x) if need_dresidual else x.new_empty(0)
     dy = laid_out_like(dy, x)
-    inputs = [dy, *norms[0].inputs, *(norms[1].inputs if len(norms) == 2 else [None] * 4), mask]
-    gradients = [norm.dx if norm.need_dx else None for norm in norms] + [None] * (2 - len(norms))
-    gradients.append(dresidual if need_dresidual else None)
+    dxs = [norm.dx if norm.need_dx else None for norm in norms] + [None] * (2 - len(norms))
+    gradients = Gradients(*dxs, dresidual if need_dresidual else None)
     waits = any(norm.training and norm.need_dx for norm in norms)  # a dx that needs sums of the whole batch
     sums = waits or any(norm.need_affine for norm in norms)
     if not (sums or any(g is not None for g in gradients)):
         return dresidual
-    flags = {"RELU": relu, "BYTE_TILES": layout_of(x) == "contiguous" or channels % 8 == 0}
-    modes = {"TRAINING": norms[0].training, "TRAINING2": norms[-1].training}
     with torch.cuda.device_of(x):
         plan = one_pass_plan(x) if waits else None
         if plan is not None:
             affine = [*norms[0].affine, *(norms[1].affine if len(norms) == 2 else (None, None))]
             _backward_one_pass_kernel[(plan.slabs,)](
-                *inputs, *gradients, *affine, **modes, **flags, **geometry(x, plan, True)
+                *_backward_inputs(dy, norms, mask),
+                *gradients,
+                *affine,
+                TRAINING=norms[0].training,
+                TRAINING2=norms[-1].training,
+                RELU=relu,
+                BYTE_TILES=has_byte_tiles(x),
+                **geometry(x, plan, True),
             )
             return dresidual
         plan = reduce_plan(x)
         vectors = len(norms) + 1
         partial = x.new_empty((vectors, plan.parts, channels), dtype=wide_dtype(x)) if sums else None
         coefficients = x.new_empty((vectors, channels), dtype=wide_dtype(x)) if waits else None
-        _backward_reduce_kernel[plan.grid](
-            *inputs,
-            *([None] * 3 if waits else gradients),
-            partial,
-            parts=plan.parts,
-            READ_X=sums or (relu and mask is None),
-            **flags,
-            **geometry(x, plan),
-        )
+        launch_backward_reduce(dy, norms, mask, relu, Gradients() if waits else gradients, partial, plan)
         if sums:
             launch_backward_finalise(plan, partial, norms, coefficients, x.numel() // max(1, channels))
         if waits:
-            plan = apply_plan(x)
-            reverse = in_reverse(x, 1 + len(norms))
-            _backward_apply_kernel[plan.grid](
-                *inputs, *gradients, coefficients, **modes, **flags, **geometry(x, plan, reverse)
-            )
+            launch_backward_apply(dy, norms, mask, relu, gradients, coefficients)
     return dresidual
 
 

@@ -184,11 +184,15 @@ def save_statistics(
     channels,
     CUMULATIVE: tl.constexpr,
 ):
-    """Writes (mean, rstd, mean_low) and moves the running statistics; all arguments float64. Returns what it wrote."""
+    """Writes (mean, rstd, mean_low) and moves the running statistics; all arguments float64. Returns what it wrote.
+
+    Where there are too few values for a variance, the running statistics stay as they are.
+    """
     dtype: tl.constexpr = stats_ptr.dtype.element_ty
     exists = channel < channels
+    moves = exists & (tl.zeros_like(mean) + count > 1.0)
     eps = tl.full([1, 1], eps, tl.float64)
-    var = m2 / count
+    var = m2 / tl.maximum(count, 1.0)
     high = mean.to(dtype)
     low = (mean - high.to(tl.float64)).to(dtype)
     rstd = (1.0 / tl.sqrt(var + eps)).to(dtype)
@@ -204,8 +208,8 @@ def save_statistics(
         old_var = tl.load(running_var_ptr + channel, mask=exists, other=0.0).to(tl.float64)
         new_mean = old_mean * (1.0 - factor) + mean * factor
         new_var = old_var * (1.0 - factor) + var * (count / (count - 1.0)) * factor
-        tl.store(running_mean_ptr + channel, round_to(new_mean, param), mask=exists)
-        tl.store(running_var_ptr + channel, round_to(new_var, param), mask=exists)
+        tl.store(running_mean_ptr + channel, round_to(new_mean, param), mask=moves)
+        tl.store(running_var_ptr + channel, round_to(new_var, param), mask=moves)
     return high, rstd, low
 
 

@@ -1,8 +1,8 @@
 """`make gpu`: build, verify, test and measure on this machine's GPU, in under nine minutes.
 
 Every part is bounded, and its failure is recorded without stopping the rest. Results go to
-benchmarks/results/<device>/{env,ops,models}.json and table.md after every part, and to $OUT as well where that is set,
-so that a run which is cut short leaves what it had. Exit code: 0, 1 if a part failed, 2 without a GPU.
+benchmarks/results/<device>/{env,ops,models,kernels}.json and table.md after every part, and to $OUT as well where that
+is set, so that a run which is cut short leaves what it had. Exit code: 0, 1 if a part failed, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ VERIFY = (
     "batch_norm_act_max_pool",
     "add_act",
     "conv_bn_act",
+    "conv1x1_bn_act",
+    "conv1x1_bn_add_conv1x1_bn_act",
     "BasicBlock",
     "Bottleneck",
 )
 OURS = ("eager", "cuda", "triton")
+FOLDING_TESTS = ROOT / "tests" / "gpu" / "test_folding.py"
 
 
 def gpu_tests() -> list[Path]:
@@ -63,7 +66,12 @@ def plan(work: Path, workers: int) -> list[Part]:
     without_nvcc = Command("pip", ("env", "FUSEDRES_BUILD_CUDA=0", *pip.argv))
     spread = ["-n", str(workers), "--dist", "loadgroup"] if workers > 1 else []
     pytest = ["-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", *spread]
-    pytest += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), *map(str, gpu_tests())]
+    pytest += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+
+    def tests(*files: Path) -> tuple[Command, ...]:
+        return (Command("pytest", (python, *pytest, *map(str, files))),)
+
+    of_the_rest = [path for path in gpu_tests() if path != FOLDING_TESTS]
     # The peers' compilation takes longer than anything else, so it goes on beside what measures nothing.
     warm = [
         module("benchmarks.gpu.ops", "--warm", background=True, label="compile-ops"),
@@ -73,19 +81,27 @@ def plan(work: Path, workers: int) -> list[Part]:
     verify = [
         module("fusedres", "verify", "--quick", "--json", "--device", "cuda", "--op", op, label=op) for op in VERIFY
     ]
+    # So does that of folded GEMMs, in one process, for the first model.
+    warm_folded = models("--warm", "--kind", "folded", background=True, label="compile-folded")
+    all_kinds = ("eager", "cuda", "folded", "fusedres", "compile", "triton", "auto")
+    kernels = module(
+        "benchmarks.gpu.kernels", "--out", str(work / "kernels.jsonl"), *options("kind", "folded", "fusedres")
+    )
     small = ["--batch", "32", "--batch", "8", "--batch", "1"]
     return [
         Part("build", (pip, *warm), 150),
         Part("build-triton", (without_nvcc,), 60, unless="build"),
-        Part("env", (module("benchmarks.gpu.env"),), 30),
+        Part("env", (module("benchmarks.gpu.env"), warm_folded), 30),
         Part("verify", tuple(verify), 90, BUILT),
-        Part("tests", (Command("pytest", (python, *pytest)),), 120, BUILT),
+        Part("tests", tests(*of_the_rest), 120, BUILT),
+        Part("folding", tests(FOLDING_TESTS), 120, BUILT),
+        Part("models", (models(*options("kind", *all_kinds)),), 110, BUILT, quiet=True),
+        Part("kernels", (kernels,), 45, BUILT, quiet=True),
         Part("ops", ops(), 130, BUILT, quiet=True),
-        Part("models", (models(*options("kind", *OURS, "compile")),), 80, BUILT, quiet=True),
         Part("host", (module("benchmarks.gpu.host", "--out", str(work / "host.jsonl")),), 25, BUILT, quiet=True),
+        Part("models-max", (models("--kind", "compile-max"),), 60, BUILT, quiet=True),
         Part("small-models", (models(*options("kind", *OURS), *options("batch", 1, 8)),), 45, BUILT, quiet=True),
         Part("ops-fp16", ops("--dtype", "float16", *options("peer", *OURS, "cudnn")), 35, BUILT, quiet=True),
-        Part("models-max", (models("--kind", "compile-max"),), 60, BUILT, quiet=True),
         Part("small-ops", ops(*small, *options("peer", *OURS)), 40, BUILT, quiet=True),
         Part("ops-nchw", ops("--layout", "contiguous", *options("peer", *OURS)), 35, BUILT, quiet=True),
     ]
@@ -124,9 +140,9 @@ def json_in(log: Path) -> dict[str, Any]:
     return (rows(log) or [{}])[-1]
 
 
-def test_counts(log: Path) -> dict[str, Any]:
+def test_counts(*logs: Path) -> dict[str, Any]:
     """Tests by outcome, and the names of those that failed, from pytest's verbose output; also of a run cut short."""
-    text = log.read_text(errors="replace") if log.exists() else ""
+    text = "\n".join(log.read_text(errors="replace") for log in logs if log.exists())
     outcomes = "(PASSED|FAILED|ERROR|SKIPPED|XFAIL)"
     found = [(o, t) for t, o in re.findall(rf"(?m)^(\S+::\S+) {outcomes}\b", text)]
     found += re.findall(rf"(?m)^\[gw\d+\] \[ *\d+%\] {outcomes} (\S+::\S+)", text)  # of pytest-xdist
@@ -164,18 +180,21 @@ class Results:
         logs = self.work / "logs"
         env = self.facts | json_in(logs / "env-env.log")
         parts = [outcome.as_dict() for outcome in self.outcomes.values()]
-        ops, models, host = (rows(self.work / f"{name}.jsonl") for name in ("ops", "models", "host"))
-        text = report(env, parts, ops, models, host)
+        ops, models, host, kernels = (
+            rows(self.work / f"{name}.jsonl") for name in ("ops", "models", "host", "kernels")
+        )
+        text = report(env, parts, ops, models, host, kernels)
         self.directory.mkdir(parents=True, exist_ok=True)
         pages = {
             "env.json": {
                 "environment": env,
                 "parts": parts,
                 "verify": self.verification(),
-                "tests": test_counts(logs / "tests-pytest.log"),
+                "tests": test_counts(logs / "tests-pytest.log", logs / "folding-pytest.log"),
             },
             "ops.json": {"environment": env, "results": {"calls": ops, "host": host}},
             "models.json": {"environment": env, "results": models},
+            "kernels.json": {"environment": env, "results": kernels},
         }
         for name, page in pages.items():
             (self.directory / name).write_text(json.dumps(page, indent=1, default=str) + "\n")

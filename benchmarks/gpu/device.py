@@ -6,6 +6,7 @@ tested, without a GPU.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+ROUNDS = 5  # that kernels are profiled for
+MARK = "spin_kernel"  # what torch.cuda._sleep runs
 
 
 class Replay:
@@ -51,11 +55,13 @@ class HostDevice:
     name = "host"
     step_seconds = 1.0  # that `step_times` takes, about
     copy_bytes = 1 << 20  # of each of the two buffers of the copy that counts as the ceiling
+    matmul_size = 64  # of the square matrices whose product does
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.device = torch.device("cpu")
         self._clock = clock
         self._copy: float | None = None
+        self._matmul: dict[torch.dtype, float] = {}
 
     def synchronize(self) -> None:
         """Wait for what was launched."""
@@ -103,6 +109,17 @@ class HostDevice:
         """(name, seconds) of the kernels of one round, in order; empty where nothing can tell."""
         return []
 
+    def launched(self, function: Callable[[], Any]) -> list[tuple[str, float]]:
+        """(name, median seconds) of the kernels of calls back to back, in order; empty where nothing can tell."""
+        return []
+
+    def pieces(self, function: Callable[[Callable[[], None]], Any]) -> list[list[tuple[str, float]]]:
+        """(name, seconds) of the kernels between the marks of ``function(mark)``, those before the first mark first."""
+        at = [self._clock()]
+        function(lambda: at.append(self._clock()))
+        at.append(self._clock())
+        return [[("call", end - start)] for start, end in itertools.pairwise(at)]
+
     def step_times(self, step: Callable[[], Any], *, rounds: int = 7) -> list[float]:
         """Wall seconds per call of long calls back to back, one entry per round; caches are left as the calls do."""
 
@@ -117,6 +134,16 @@ class HostDevice:
         calls = max(1, min(100, int(self.step_seconds / rounds / max(block(1), 1e-6))))
         return [block(calls) for _ in range(rounds)]
 
+    def matmul_rate(self, dtype: torch.dtype) -> float:
+        """Floating point operations per second of a large square product of ``dtype``; measured once."""
+        if dtype not in self._matmul:
+            n = self.matmul_size
+            a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
+            product = torch.empty_like(a)
+            (replay,) = self.capture(lambda: torch.mm(a, b, out=product))
+            self._matmul[dtype] = 2 * n**3 / self.median_times([replay])[0]
+        return self._matmul[dtype]
+
     def copy_bandwidth(self) -> float:
         """Bytes per second, read and written, of a large copy, timed as everything is; measured once."""
         if self._copy is None:
@@ -125,6 +152,14 @@ class HostDevice:
             (replay,) = self.capture(lambda: target.copy_(source))
             self._copy = 2 * self.copy_bytes / self.median_times([replay])[0]
         return self._copy
+
+
+def _medians(events: list[tuple[str, float]], rounds: int) -> list[tuple[str, float]]:
+    """Of the kernels of as many rounds, each the same; empty if they are not."""
+    count = len(events) // rounds
+    if count * rounds != len(events) or any(name != events[i % count][0] for i, (name, _) in enumerate(events)):
+        return []
+    return [(events[i][0], statistics.median(s for _, s in events[i::count])) for i in range(count)]
 
 
 def _run(stages: tuple[Callable[..., Any], ...]) -> None:
@@ -138,6 +173,7 @@ class CudaDevice(HostDevice):
 
     kind = "cuda"
     copy_bytes = 1 << 30
+    matmul_size = 8192
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,8 +237,6 @@ class CudaDevice(HostDevice):
         return [[start.elapsed_time(end) * 1e-3 for start, end in of] for of in events]
 
     def kernels(self, replays: list[Replay]) -> list[tuple[str, float]]:
-        rounds = 5
-
         def flushed() -> None:
             for replay in replays:
                 self.flush()
@@ -210,11 +244,21 @@ class CudaDevice(HostDevice):
 
         if self._flushing is None:
             self._flushing = {name for name, _, _ in self._profile(self.flush, 1)}
-        events = [e for e in self._profile(flushed, rounds) if e[0] not in self._flushing]
-        if not events or len(events) % rounds:
-            return []
-        count = len(events) // rounds
-        return [(events[i][0], statistics.median(s for _, _, s in events[i::count])) for i in range(count)]
+        events = [(name, s) for name, _, s in self._profile(flushed, ROUNDS) if name not in self._flushing]
+        return _medians(events, ROUNDS)
+
+    def launched(self, function: Callable[[], Any]) -> list[tuple[str, float]]:
+        return _medians([(name, seconds) for name, _, seconds in self._profile(function, ROUNDS)], ROUNDS)
+
+    def pieces(self, function: Callable[[Callable[[], None]], Any]) -> list[list[tuple[str, float]]]:
+        found: list[list[tuple[str, float]]] = [[]]
+        # a kernel of its own is the mark: what follows it on the stream was launched after it
+        for name, _, seconds in self._profile(lambda: function(lambda: torch.cuda._sleep(1)), 1):
+            if MARK in name:
+                found.append([])
+            else:
+                found[-1].append((name, seconds))
+        return found
 
     def _profile(self, function: Callable[[], Any], rounds: int) -> list[tuple[str, float, float]]:
         """(name, start, seconds) of every kernel, in order."""
@@ -225,7 +269,9 @@ class CudaDevice(HostDevice):
             for _ in range(rounds):
                 function()
             self.synchronize()
-        events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        on_device = (e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+        # ranges that an optimizer or a user names cover kernels, and are none
+        events = [e for e in on_device if not getattr(e, "is_user_annotation", False)]
         return sorted(
             ((e.name, e.time_range.start, e.time_range.elapsed_us() * 1e-6) for e in events), key=lambda e: e[1]
         )

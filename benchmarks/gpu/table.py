@@ -14,6 +14,8 @@ LARGE_BYTES = 64 << 20
 PASS_BAR, HOST_BAR_US = 0.88, 12.0
 EAGER_BAR, COMPILE_BAR, CUDNN_BAR = 1.8, 1.15, 1.0
 MODEL_BAR = 1.25
+FOLDED_BAR, FOLDED_PASS_BAR = 5500, 0.80
+FOLDED_BARS = {"fusedres": 1.2, "compile-max": 1.35, "eager": 1.6}
 
 Row = Mapping[str, Any]
 
@@ -125,8 +127,28 @@ def _host(what: str, host: Iterable[Row], ours: str) -> Bar:
     return Bar(what, f"<= {HOST_BAR_US:.0f} us", f"{calls[slowest]:.1f} us, {slowest}", calls[slowest] <= HOST_BAR_US)
 
 
-def bars(ops: Sequence[Row], models: Sequence[Row], host: Sequence[Row]) -> list[Bar]:
-    """The targets for a GPU, for each of our backends."""
+def _folded(models: Sequence[Row], kernels: Sequence[Row]) -> list[Bar]:
+    """Of a step whose blocks are folded."""
+    what = "folded: ResNet-50, batch 256, bf16 autocast, CUDA graph"
+    images, wanted = _images(models, "folded", 256, True), f">= {FOLDED_BAR} images/s"
+    lines = [
+        Bar(what, wanted, "not measured", None)
+        if images is None
+        else Bar(what, wanted, f"{images:.0f} images/s", images >= FOLDED_BAR)
+    ]
+    for peer, least in FOLDED_BARS.items():
+        lines.append(_models(f"{what}, against {peer}", models, "folded", peer, 256, True, least))
+    what, wanted = "folded: slowest pass of a folded convolution, of its floor", f">= {FOLDED_PASS_BAR:.0%}"
+    passes = [p for row in kernels if row["kind"] == "folded" for p in row.get("passes", ()) if p["share_of_floor"]]
+    if not passes:
+        return [*lines, Bar(what, wanted, "not measured", None)]
+    worst = min(passes, key=lambda p: p["share_of_floor"])
+    text = f"{worst['share_of_floor']:.0%}, {worst['group'].removeprefix('folded: ')} {worst['shape']}"
+    return [*lines, Bar(what, wanted, f"{text} ({len(passes)} sizes)", worst["share_of_floor"] >= FOLDED_PASS_BAR)]
+
+
+def bars(ops: Sequence[Row], models: Sequence[Row], host: Sequence[Row], kernels: Sequence[Row] = ()) -> list[Bar]:
+    """The targets for a GPU, for each of our backends, and with folded convolutions."""
     lines = []
     half = _of_bars(ops, "float16")
     for ours in FUSED:
@@ -147,7 +169,7 @@ def bars(ops: Sequence[Row], models: Sequence[Row], host: Sequence[Row]) -> list
             what = f"{ours}: ResNet-50, batch {batch}, no graph, against eager"
             lines.append(_models(what, models, ours, "eager", batch, False, 1.0))
         lines.append(_host(f"{ours}: host time of a call with grad, slowest op", host, ours))
-    return lines
+    return lines + _folded(models, kernels)
 
 
 def ops_table(rows: Sequence[Row]) -> str:
@@ -183,12 +205,61 @@ def models_table(rows: Sequence[Row]) -> str:
         eager = _images(rows, "eager", row["batch"], row["graph"])
         ratio = f"{row['images_per_s'] / eager:.2f}x" if eager else ""
         memory = f"{row['peak_mb']:.0f}" if row.get("peak_mb") else ""
-        lines.append((row["model"], row["kind"], str(row["batch"]), graph, f"{row['images_per_s']:.0f}", ratio, memory))
+        folded = f", {row['folded_blocks']} blocks folded" if row.get("folded_blocks") else ""
+        kind = f"{row['kind']}{folded}"
+        lines.append((row["model"], kind, str(row["batch"]), graph, f"{row['images_per_s']:.0f}", ratio, memory))
     header = ("Model", "", "Batch", "", "images/s", "against eager", "peak MB")
     return markdown(header, lines) if lines else "No model was measured."
 
 
-def report(env: Row, parts: Sequence[Row], ops: Sequence[Row], models: Sequence[Row], host: Sequence[Row]) -> str:
+def kernels_table(rows: Sequence[Row]) -> str:
+    """Where the time of a step goes, a column of milliseconds for each kind; below it the passes of what is folded."""
+    measured = [row for row in rows if "groups" in row]
+    failed = [f"- {row['kind']}: {row['error']}" for row in rows if "error" in row]
+    if not measured:
+        return "\n".join(["No kernels were measured.", *failed])
+    of = [{group["group"]: group for group in row["groups"]} for row in measured]
+
+    def cell(group: Row | None) -> str:
+        return "" if group is None else f"{group['ms']:.3f} ({group['kernels']})"
+
+    names = dict.fromkeys(name for groups in of for name in groups)
+    lines = [(name, *(cell(groups.get(name)) for groups in of)) for name in names]
+    lines += [
+        ("all kernels", *(f"{row['kernels_ms']:.3f} ({row['kernels']})" for row in measured)),
+        ("between kernels", *(f"{row['between_ms']:.3f}" for row in measured)),
+        ("**step**", *(f"**{row['ms']:.3f}**" for row in measured)),
+    ]
+    header = (f"{measured[0]['model']}, batch {measured[0]['batch']}: ms (kernels)", *(row["kind"] for row in measured))
+    tables = [markdown(header, lines)]
+    for row in measured:
+        passes = [
+            (
+                p["group"].removeprefix("folded: "),
+                p["shape"],
+                str(p["calls"]),
+                f"{p['us']:.1f}",
+                f"{p['floor_us']:.1f}",
+                p["bound"],
+                f"{p['share_of_floor']:.0%}" if p["share_of_floor"] else "",
+            )
+            for p in row["passes"]
+        ]
+        if passes:
+            peaks = f"copy {row['copy_gb_per_s']:.0f} GB/s, matrix product {row['matmul_tflop_per_s']:.0f} Tflop/s"
+            header = (f"{row['kind']}: {peaks}", "pixels x inputs -> outputs", "Calls", "us", "floor", "of", "share")
+            tables.append(markdown(header, passes))
+    return "\n\n".join([*tables, *(["\n".join(failed)] if failed else [])])
+
+
+def report(
+    env: Row,
+    parts: Sequence[Row],
+    ops: Sequence[Row],
+    models: Sequence[Row],
+    host: Sequence[Row],
+    kernels: Sequence[Row] = (),
+) -> str:
     """The whole page."""
     where = (
         f"{env.get('device', 'no device')}, driver {env.get('driver')}, torch {env.get('torch')},"
@@ -200,7 +271,7 @@ def report(env: Row, parts: Sequence[Row], ops: Sequence[Row], models: Sequence[
         where += f"; copy {min(copies):.0f} .. {max(copies):.0f} GB/s"
     ended = [(p["name"], p["status"], f"{p.get('seconds', 0):.0f}", p.get("why", "")) for p in parts]
     verdict = {True: "yes", False: "**no**", None: ""}
-    lines = [(b.what, b.wanted, b.measured, verdict[b.met]) for b in bars(ops, models, host)]
+    lines = [(b.what, b.wanted, b.measured, verdict[b.met]) for b in bars(ops, models, host, kernels)]
     return "\n\n".join(
         [
             where,
@@ -208,5 +279,6 @@ def report(env: Row, parts: Sequence[Row], ops: Sequence[Row], models: Sequence[
             markdown(("Target", "Wanted", "Measured", "Met"), lines),
             ops_table(ops),
             models_table(models),
+            kernels_table(kernels),
         ]
     )

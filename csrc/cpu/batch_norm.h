@@ -191,6 +191,11 @@ class Moments {
     mean_ += delta * (count / count_);
     m2_ += m2 + delta * delta * (count * (count_ - count) / count_);
   }
+  void add(const Moments& other) {
+    const double sum = sum_ + other.sum_;
+    add(other.count_, other.mean_, other.m2_);
+    sum_ = sum;
+  }
   // With Inf among the values, deviations from an infinite mean are NaN, but the mean itself is not.
   double mean() const { return std::isfinite(mean_) ? mean_ : sum_ / count_; }
   double m2() const { return m2_; }
@@ -198,6 +203,9 @@ class Moments {
  private:
   double count_ = 0.0, mean_ = 0.0, m2_ = 0.0, sum_ = 0.0;
 };
+
+// The partial statistics of a tensor, of the op of this name.
+Tensor batch_norm_statistics_cpu(Tensor x);
 
 // Channel c of the statistics per block and column.
 inline Moments merge_blocks(const Tiling& tiling, const double* mean, const double* m2, int64_t c) {

@@ -16,6 +16,8 @@ Tensor zeros(int64_t size, ScalarType dtype, const Tensor& on_device_of) {
   return t;
 }
 
+}  // namespace
+
 Tensor batch_norm_statistics_cpu(Tensor x) {
   const Layout4d layout = layout_of_part(x);
   const int64_t channels = layout.channels;
@@ -47,6 +49,8 @@ Tensor batch_norm_statistics_cpu(Tensor x) {
   });
   return partial;
 }
+
+namespace {
 
 // Merges the parts in their order; moves the running statistics, unless there is too little to estimate a variance.
 template <class S>

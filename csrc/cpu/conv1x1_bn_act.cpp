@@ -267,10 +267,10 @@ template const Conv1x1Kernels<half>& conv1x1_kernels<half>();
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "add_act.h"
-#include "common/batch_norm.h"
-#include "driver.h"
+#include "batch_norm.h"
 
 namespace fusedres::cpu {
 namespace {
@@ -471,6 +471,10 @@ std::tuple<Tensor, Tensor> conv1x1_moments_cpu(Tensor y, OptionalTensor norm, in
   return {mean, cov};
 }
 
+// What products over all pixels are kept in, once they are summed.
+template <class T>
+using Product = std::conditional_t<sizeof(T) == 2, float, double>;
+
 // g^T y over the rows, transposed at the end; sums of g beside it.
 template <class T>
 void reduce_products(
@@ -483,7 +487,7 @@ void reduce_products(
     T* kept,
     bool stream,
     double* sum_g,
-    double* products) {
+    Product<T>* products) {
   const auto& kernels = conv1x1_kernels<T>();
   const PanelShape& shape = kernels.shape;
   const int64_t channels = y ? pixels.channels() : 0, count = pixels.count(), width = padded(outputs);
@@ -552,7 +556,8 @@ void reduce_products(
   if (sum_g) std::copy(sums, sums + outputs, sum_g);
   for (int64_t k = 0; k < outputs; ++k) {
     for (int64_t c = 0; c < channels; ++c) {
-      products[k * channels + c] = parts[c * width + k] + (shift ? static_cast<double>(shift[c]) * sums[k] : 0.0);
+      const double product = parts[c * width + k] + (shift ? static_cast<double>(shift[c]) * sums[k] : 0.0);
+      products[k * channels + c] = static_cast<Product<T> >(product);
     }
   }
 }
@@ -581,8 +586,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_bn_act_backward_reduce_cpu(
   Tensor g = wanted_like(need_g, dy);
   Tensor sum_g = empty_vector(outputs, ScalarType::Double, dy);
   const auto matrix_or_none = [&](bool wanted, const Pixels& of) {
-    return wanted ? empty_matrix(outputs, of.channels(), ScalarType::Double, dy)
-                  : empty_vector(0, ScalarType::Double, dy);
+    const ScalarType dtype = dy.element_size() > 2 ? ScalarType::Double : ScalarType::Float;
+    return wanted ? empty_matrix(outputs, of.channels(), dtype, dy) : empty_vector(0, dtype, dy);
   };
   Tensor products = matrix_or_none(need_products, pixels);
   Tensor products2 = matrix_or_none(need_products && y2, pixels2);
@@ -597,7 +602,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_bn_act_backward_reduce_cpu(
         need_g ? data<T>(g) : nullptr,
         streams<T>(dy.numel()) && outputs % (2 * kLanes) == 0,
         data<double>(sum_g),
-        need_products ? data<double>(products) : nullptr);
+        need_products ? data<Product<T> >(products) : nullptr);
     if (!need_products || !y2) return;
     const Tensor& from = need_g ? g : dy;
     reduce_products<T>(
@@ -610,7 +615,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_bn_act_backward_reduce_cpu(
         nullptr,
         false,
         nullptr,
-        data<double>(products2));
+        data<Product<T> >(products2));
   });
   return {g, sum_g, products, products2};
 }
@@ -638,6 +643,8 @@ struct Epilogue {
   // Or null: out becomes zero where the second source's activation is, and here are, for each part of the rows, the
   // sums of out and of out * (x - mean), in whole vectors of columns.
   double* sums = nullptr;
+  // Or null: for each part of the rows and each column its moments; whole vectors of columns then.
+  Moments* moments = nullptr;
 };
 
 // Tasks of some blocks; where they have sums, not many.
@@ -681,10 +688,10 @@ void multiply_all(
   std::fill(padded_shift + columns, padded_shift + shape.panels(columns) * shape.columns, S(0));
 
   const int64_t count = target.count();
-  const auto [residual, residual_mask, mask, relu, sums] = epilogue;
+  const auto [residual, residual_mask, mask, relu, sums, moments] = epilogue;
   const bool whole_words = columns % kLanes == 0;
   const bool words = mask && relu && whole_words;
-  const bool stream = streams<T>(count * columns) && columns % (2 * kLanes) == 0;
+  const bool stream = !moments && streams<T>(count * columns) && columns % (2 * kLanes) == 0;
   // The rows of a block are a multiple of kLanes, so that its mask is of whole words.
   for_each_task(split.parts, count * columns, [&](int64_t task) {
     const int64_t block = kApplyRows * columns;
@@ -692,7 +699,13 @@ void multiply_all(
     for (int s = 0; s < 2; ++s) {
       bytes += kApplyRows * (steps[s] * shape.element_size + 64 + (sources[s].mask ? sources[s].width * sizeof(T) : 0));
     }
-    Scratch& mine = Scratch::with<Scratch::Task>(bytes + 5 * kApplyRows * sizeof(void*));
+    const int64_t measured = moments ? columns : 0;
+    Scratch& mine =
+        Scratch::with<Scratch::Task>(bytes + 5 * kApplyRows * sizeof(void*) + 2 * measured * sizeof(double));
+    double* const mean = mine.take<double>(measured);
+    double* const m2 = mine.take<double>(measured);
+    Moments* const task_moments = moments + task * measured;
+    std::fill(task_moments, task_moments + measured, Moments());
     const void** const operands[] = {mine.take<const void*>(kApplyRows), mine.take<const void*>(kApplyRows)};
     const T** const rows = mine.take<const T*>(kApplyRows);
     T** const to = mine.take<T*>(kApplyRows);
@@ -765,8 +778,26 @@ void multiply_all(
            sources[0].width,
            sources[1].width});
       if (mask && !words) kernels.mask_of(out + row * columns, size * columns, mask + row * columns / kLanes);
+      if (moments) {
+        const bool in_double = count * columns <= kDoubleElements;
+        batch_norm_kernels<T>().statistics_rows(
+            out, {count, columns, 0}, {row, row + size, 0, columns}, in_double, mean, m2);
+        for (int64_t c = 0; c < columns; ++c) task_moments[c].add(static_cast<double>(size), mean[c], m2[c]);
+      }
     }
   });
+}
+
+// The columns of a matrix (columns, inner), each contiguous.
+template <class T>
+const T** transposed_rows(const T* matrix, int64_t columns, int64_t inner, Scratch& scratch) {
+  T* const transposed = scratch.take<T>(inner * columns);
+  const T** const rows = scratch.take<const T*>(inner);
+  for (int64_t c = 0; c < inner; ++c) {
+    rows[c] = transposed + c * columns;
+    for (int64_t k = 0; k < columns; ++k) transposed[c * columns + k] = matrix[k * inner + c];
+  }
+  return rows;
 }
 
 std::tuple<Tensor, Tensor> conv1x1_bn_act_apply_cpu(
@@ -813,14 +844,7 @@ std::tuple<Tensor, Tensor> conv1x1_bn_act_apply_cpu(
         norm_size(channels) * sizeof(double) + (inner[0] + inner[1]) * (columns * sizeof(T) + sizeof(T*)));
     const T** rows[2];
     const T* const matrices[] = {data<T>(folded), data<T>(folded2)};
-    for (int s = 0; s < 2; ++s) {
-      T* const transposed = scratch.take<T>(inner[s] * columns);
-      rows[s] = scratch.take<const T*>(inner[s]);
-      for (int64_t c = 0; c < inner[s]; ++c) {
-        rows[s][c] = transposed + c * columns;
-        for (int64_t k = 0; k < columns; ++k) transposed[c * columns + k] = matrices[s][k * inner[s] + c];
-      }
-    }
+    for (int s = 0; s < 2; ++s) rows[s] = transposed_rows(matrices[s], columns, inner[s], scratch);
     const Source<T> sources[2] = {
         {data<T>(y), &pixels, nullptr, channels, nullptr, norm_table<T>(norm, channels, scratch)},
         {data<T>(y2), &pixels2, nullptr, y2 ? channels2 : 0}};
@@ -838,6 +862,45 @@ std::tuple<Tensor, Tensor> conv1x1_bn_act_apply_cpu(
         scratch);
   });
   return {out, mask};
+}
+
+std::tuple<Tensor, Tensor> conv1x1_statistics_cpu(Tensor x, Tensor weight) {
+  const Pixels pixels("x", x, 1);
+  const ScalarType dtype = x.scalar_type();
+  const int64_t channels = pixels.channels(), columns = weight.size(0), count = pixels.count();
+  check_matrix("weight", weight, columns, channels, dtype);
+  const Layout4d layout{pixels.layout.batch, columns, pixels.height, pixels.width, true};
+  const int64_t sizes[] = {layout.batch, columns, layout.height, layout.width};
+  Tensor out = empty_strided(sizes, layout.strides().data(), 4, dtype, x);
+  const bool whole = columns % kLanes == 0;
+  Tensor partial = empty_vector(whole ? 2 * columns + 1 : 0, ScalarType::Double, x);
+  const Pixels target("out", out, 1);
+  dispatch(dtype, [&]<class T>(T*) {
+    using S = typename ScalarOf<T>::type;
+    const PanelShape& shape = conv1x1_kernels<T>().shape;
+    const Split split = product_split(count, columns, true);
+    const int64_t measured = whole ? split.parts * columns : 0;
+    Scratch& scratch = Scratch::with(
+        product_bytes(shape, columns, shape.steps(channels)) + measured * sizeof(Moments) + columns * sizeof(S) +
+        channels * (columns * sizeof(T) + sizeof(T*)));
+    Moments* const moments = scratch.take<Moments>(measured);
+    S* const no_shift = scratch.take<S>(columns);
+    std::fill(no_shift, no_shift + columns, S(0));
+    const T** const rows = transposed_rows(data<T>(weight), columns, channels, scratch);
+    const Source<T> sources[2] = {{data<T>(x), &pixels, nullptr, channels}, {}};
+    Epilogue<T> epilogue;
+    epilogue.moments = whole ? moments : nullptr;
+    multiply_all<T>(sources, rows, nullptr, no_shift, columns, data<T>(out), target, split, epilogue, scratch);
+    for (int64_t c = 0; whole && c < columns; ++c) {
+      Moments merged;
+      for (int64_t part = 0; part < split.parts; ++part) merged.add(moments[part * columns + c]);
+      data<double>(partial)[c] = merged.mean();
+      data<double>(partial)[columns + c] = merged.m2();
+    }
+    if (whole) data<double>(partial)[2 * columns] = static_cast<double>(count);
+  });
+  if (!whole) partial = batch_norm_statistics_cpu(out);  // rows do not begin with vectors
+  return {out, partial};
 }
 
 // dy folded + y mixing + offset at the pixels of y that the convolution took, zero elsewhere; its sums where y is
@@ -938,6 +1001,7 @@ std::tuple<Tensor, Tensor, Tensor> conv1x1_bn_act_backward_apply_cpu(
 
 STABLE_TORCH_LIBRARY_IMPL(fusedres, CPU, m) {
   m.impl("conv1x1_moments", TORCH_BOX(&fusedres::cpu::conv1x1_moments_cpu));
+  m.impl("conv1x1_statistics", TORCH_BOX(&fusedres::cpu::conv1x1_statistics_cpu));
   m.impl("conv1x1_bn_act_apply", TORCH_BOX(&fusedres::cpu::conv1x1_bn_act_apply_cpu));
   m.impl("conv1x1_bn_act_backward_reduce", TORCH_BOX(&fusedres::cpu::conv1x1_bn_act_backward_reduce_cpu));
   m.impl("conv1x1_bn_act_backward_apply", TORCH_BOX(&fusedres::cpu::conv1x1_bn_act_backward_apply_cpu));

@@ -184,8 +184,10 @@ class Bottleneck(nn.Module):
         if self.downsample is None or projection is not None:
             pairs = (*inner, (self.conv3, self.bn3), *(() if projection is None else (projection,)))
             out = bottleneck(pairs, x, self.relu, folding, recompute, decision)
-            if out is not None:
+            if isinstance(out, Tensor):
                 return out
+            if out is False:
+                folding = "never"
         last = (self.conv3, self.bn3)
         y = norm_act_conv(self.bn1, self.conv1(x), self.relu, self.conv2, recompute)
         if recompute and not folds(*last, y, self.relu, folding, decision):

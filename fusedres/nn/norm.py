@@ -169,7 +169,7 @@ def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, act: nn
         norm: any normalisation. act: any activation module, or None.
     """
     relu_follows = act is not None and residual is None
-    synchronised = type(norm) in _synchronised and (norm.act is None or relu_follows) and not has_hooks(norm)
+    synchronised = _can_synchronise(norm, relu_follows)
     fusable = synchronised or is_fusable(norm, relu_follows)
     if fusable and (act is None or is_plain_relu(act)) and _may_fuse(x):
         _check_four_dimensional(x)
@@ -202,7 +202,7 @@ def norm_act_conv(
     """``conv(act(norm(x)))``; with ``recompute`` the activation is not kept for backward where the modules allow it."""
     if recompute and norm.training and _may_fuse(x) and (act is None or is_plain_relu(act)):
         convolution = _convolution(conv)
-        synchronised = type(norm) in _synchronised and (norm.act is None or act is not None) and not has_hooks(norm)
+        synchronised = _can_synchronise(norm, act is not None)
         if convolution is not None and (synchronised or is_fusable(norm, act is not None)):
             _check_four_dimensional(x)
             positional, keywords = _statistics(norm)
@@ -240,14 +240,14 @@ def norm_add_norm_act(norm: nn.Module, x: Tensor, norm2: nn.Module, x2: Tensor, 
     return norm_act(norm, x, norm2(x2), act)
 
 
+def _can_synchronise(norm: nn.Module, relu_follows: bool) -> bool:
+    """Whether ``norm`` is of a type that may meet other processes, and a fused op can stand in for it."""
+    return type(norm) in _synchronised and (norm.act is None or relu_follows) and not has_hooks(norm)
+
+
 def _meets_others(norm: nn.Module, relu_follows: bool = False) -> bool:
     """Whether ``norm`` would exchange statistics with other processes at this call, and a fused op can stand in."""
-    return (
-        type(norm) in _synchronised
-        and (norm.act is None or relu_follows)
-        and not has_hooks(norm)
-        and norm.is_synchronised()
-    )
+    return _can_synchronise(norm, relu_follows) and norm.is_synchronised()
 
 
 def _is_foldable(conv: nn.Module, norm: nn.Module, y: Tensor, synchronised: bool = True) -> bool:
@@ -397,8 +397,8 @@ def bottleneck(
     folding: str,
     recompute: bool,
     decision: FoldingDecision,
-) -> Tensor | None:
-    """A Bottleneck as one op; None where its modules, or the call, do not allow it.
+) -> Tensor | bool | None:
+    """A Bottleneck as one op; None where its modules, or the call, do not allow it; False if it will not fold at all.
 
     Args:
         pairs: conv1, conv2, conv3 and, of a projection, the shortcut's convolution, each with its norm.
@@ -406,10 +406,12 @@ def bottleneck(
     asked, (last, _) = folding_asked(folding), pairs[2]
     if asked == "never" or type(last) is not nn.Conv2d or not is_plain_relu(act):
         return None
-    if not isinstance(x, Tensor) or not _may_fuse(x):
+    if not isinstance(x, Tensor) or not _may_fuse(x) or x.dim() != 4:
         return None
+    if any(_can_synchronise(norm, True) and norm.is_synchronised() for _, norm in pairs):
+        return None  # what this process sees of the batch must not decide alone
     if not may_gain(asked, x, [last.in_channels], last.out_channels):
-        return None
+        return None if len(pairs) == 4 else False
     convolutions = [_convolution(conv) for conv, _ in pairs]
     if None in convolutions or any(conv.bias is not None for conv, _ in pairs):
         return None
@@ -427,26 +429,40 @@ def bottleneck(
     return folded_bottleneck(x, parts, second, stride, asked, recompute, decision)
 
 
+def _pools_fused(norm: nn.Module, x: Tensor, pool: nn.Module, act: nn.Module | None) -> bool:
+    plain = type(pool) is nn.MaxPool2d and not pool.return_indices and not has_hooks(pool)
+    return plain and is_fusable(norm, act is not None) and (act is None or is_plain_relu(act)) and _may_fuse(x)
+
+
 def conv_norm_act_max_pool(
     conv: nn.Module, norm: nn.Module, x: Tensor, pool: nn.Module, act: nn.Module | None = None, recompute: bool = False
 ) -> Tensor:
-    """``pool(act(norm(conv(x))))``, a stem; with ``recompute`` backward computes the convolution's output again."""
+    """``pool(act(norm(conv(x))))``, a stem; with ``recompute`` backward computes the convolution's output again.
+
+    Not where something else packs what is saved for backward, which would not see it.
+    """
     y = conv(x)
-    convolution = _convolution(conv) if recompute and _may_fuse(x) else None
-    if convolution is None or torch.compiler.is_compiling() or is_traced() or not y.requires_grad:
+    recompute = recompute and not torch.compiler.is_compiling() and _pools_fused(norm, y, pool, act)
+    convolution = _convolution(conv) if recompute and not is_traced() and y.requires_grad else None
+    if convolution is None or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         return norm_act_max_pool(norm, y, pool, act)
-    y_dtype = y.dtype
-    known = (y.data_ptr(), y.shape, y.stride(), y.dtype, y._version)
+    dtype, known = y.dtype, (y.data_ptr(), y.shape, y.stride(), y._version)
     operands = [t if t is None else t.detach() for t in (x, conv.weight, conv.bias)]
+    versions = [None if t is None else t._version for t in operands]
 
     def pack(t: Tensor) -> Tensor | None:
-        return None if (t.data_ptr(), t.shape, t.stride(), t.dtype, t._version) == known else t
+        return None if (t.data_ptr(), t.shape, t.stride(), t._version) == known else t
 
     def unpack(packed: Tensor | None) -> Tensor:
         if packed is not None:
             return packed
+        if versions != [None if t is None else t._version for t in operands]:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                "the input or a parameter of the first convolution, from which recompute=True makes its output again"
+            )
         with torch.no_grad():
-            return convolution(*(t if t is None else t.to(y_dtype) for t in operands))
+            return convolution(*(t if t is None else t.to(dtype) for t in operands))
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return norm_act_max_pool(norm, y, pool, act)
@@ -454,8 +470,7 @@ def conv_norm_act_max_pool(
 
 def norm_act_max_pool(norm: nn.Module, x: Tensor, pool: nn.Module, act: nn.Module | None = None) -> Tensor:
     """``pool(act(norm(x)))``: one fused op where the modules allow it, else the modules' own forwards."""
-    fusable = type(pool) is nn.MaxPool2d and not pool.return_indices and not has_hooks(pool)
-    if fusable and is_fusable(norm, act is not None) and (act is None or is_plain_relu(act)) and _may_fuse(x):
+    if _pools_fused(norm, x, pool, act):
         _check_four_dimensional(x)
         positional, keywords = _statistics(norm)
         return fused.batch_norm_act_max_pool(

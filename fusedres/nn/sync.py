@@ -128,7 +128,8 @@ def _conv1x1_across_processes(
     """``functional.conv1x1_bn_act`` in training, by the statistics of all processes: folded where all of them can.
 
     Whether a process can depends on its part of the batch, so that each tells the others, beside its statistics. They
-    are of the convolution's output either way: there is one collective, however the vote ends.
+    are of the convolution's output either way: there is one collective, however the vote ends. Its end has to be known
+    to the host, which waits for the device.
     """
     norm = {
         "training": training,
@@ -174,7 +175,7 @@ def _conv1x1_across_processes(
     running = (running_mean, running_var, num_batches_tracked, momentum)
     moments = torch.stack([total_mean, m2 / total])
     config = (mean, cov, int(total), moments, running, eps, convolution.stride, act == "relu")
-    by = ops.across(process_group, count)
+    by = ops.across(process_group or dist.group.WORLD, count)
     return fused.conv1x1_bn_act_of_moments(rows, conv_weight, weight, bias, residual, (*config, by))
 
 

@@ -177,6 +177,7 @@ class BatchNormActConvFunction(Function):
             y = activation(x, partials, weight, bias, norm.eps, relu, by)[0] if need_norm or needs[3] else x
             wanted = (need_norm, needs[3], needs[4])
             dy, dconv_weight, dconv_bias = convolution.backward(dout, y.to(dtype), cast, conv_bias is not None, wanted)
+            del y
         of_norm = (None, None, None)
         if need_norm:
             dy = dy.to(x.dtype).contiguous(memory_format=memory_format)

@@ -96,11 +96,16 @@ def move_running(
 
 
 def merged_statistics(partials: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """The (3, C) statistics of a normalisation in ``dtype``: mean, rstd and the part of the mean below its digits."""
+    """:func:`saved_statistics` of all parts of a batch."""
     mean, m2, count = merged(partials)
+    return saved_statistics(mean, m2 / count.clamp(min=1), eps, dtype)
+
+
+def saved_statistics(mean: Tensor, var: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """The (3, C) statistics of a normalisation in ``dtype``: mean, rstd and the part of the mean below its digits."""
     high = mean.to(dtype)
     low = torch.where(mean.isfinite(), mean - high.double(), 0.0)
-    return torch.stack([high, (m2 / count.clamp(min=1) + eps).rsqrt().to(dtype), low.to(dtype)])
+    return torch.stack([high, (var + eps).rsqrt().to(dtype), low.to(dtype)])
 
 
 def _batch_norm_act_apply_reference(
@@ -220,12 +225,38 @@ def _batch_norm_act_backward_apply_fake(dy: Tensor, x: Tensor, *args: Any) -> tu
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
 
+
+def _triton_batch_norm_statistics() -> Any:
+    from ..kernels.batch_norm_sync import batch_norm_statistics
+
+    return batch_norm_statistics
+
+
+def _triton_batch_norm_act_apply() -> Any:
+    from ..kernels.batch_norm_sync import batch_norm_act_apply
+
+    return batch_norm_act_apply
+
+
+def _triton_batch_norm_act_backward_reduce() -> Any:
+    from ..kernels.batch_norm_sync import batch_norm_act_backward_reduce
+
+    return batch_norm_act_backward_reduce
+
+
+def _triton_batch_norm_act_backward_apply() -> Any:
+    from ..kernels.batch_norm_sync import batch_norm_act_backward_apply
+
+    return batch_norm_act_backward_apply
+
+
 BATCH_NORM_STATISTICS = define(
     "batch_norm_statistics",
     "(Tensor x) -> Tensor",
     batch_norm_statistics_reference,
     _fake_sums,
     cuda=True,
+    triton=_triton_batch_norm_statistics,
 )
 
 BATCH_NORM_ACT_APPLY = define(
@@ -236,6 +267,7 @@ BATCH_NORM_ACT_APPLY = define(
     _batch_norm_act_apply_reference,
     _batch_norm_act_apply_fake,
     cuda=True,
+    triton=_triton_batch_norm_act_apply,
 )
 
 BATCH_NORM_ACT_BACKWARD_REDUCE = define(
@@ -245,6 +277,7 @@ BATCH_NORM_ACT_BACKWARD_REDUCE = define(
     _batch_norm_act_backward_reduce_reference,
     _batch_norm_act_backward_reduce_fake,
     cuda=True,
+    triton=_triton_batch_norm_act_backward_reduce,
 )
 
 BATCH_NORM_ACT_BACKWARD_APPLY = define(
@@ -254,6 +287,7 @@ BATCH_NORM_ACT_BACKWARD_APPLY = define(
     _batch_norm_act_backward_apply_reference,
     _batch_norm_act_backward_apply_fake,
     cuda=True,
+    triton=_triton_batch_norm_act_backward_apply,
 )
 
 _OPS = (

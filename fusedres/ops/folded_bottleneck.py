@@ -37,7 +37,7 @@ from torch.compiler import is_compiling
 from torch.overrides import has_torch_function_variadic
 
 from .batch_norm_act_conv import Convolution, Norm, Passes, activation, gradients_of, norm_gradients, passes
-from .batch_norm_sync import differentiable_batch_norm, merged_statistics
+from .batch_norm_sync import differentiable_batch_norm, saved_statistics
 from .conv1x1_bn_act import FoldingOps, strided_size, wide_dtype
 from .folded_call import Conv1x1, can_move, checked_moments, folding_ops_of
 from .folding import FoldingDecision
@@ -60,6 +60,12 @@ class Block(NamedTuple):
     decision: FoldingDecision | None
     passes: Passes
     folding: FoldingOps
+
+
+def _mean_and_variance(partial: Tensor, pixels: int) -> Tensor:
+    """(2, C), the biased variance, from (2C + 1) statistics of as many pixels."""
+    mean, m2 = partial[:-1].view(2, -1)
+    return torch.stack([mean, m2 / pixels])
 
 
 def _input_norm(stats: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -104,15 +110,16 @@ class FoldedBottleneckFunction(Function):
         x1, partial1 = folding.statistics(x, casts[0].flatten(1))
         partials1 = partial1.view(1, -1)
         y1, stats1 = activation(x1, partials1, weight1, bias1, norm1.eps, True, by)
+        inner = [_mean_and_variance(partial1, _pixels(x1))]
         x2 = block.conv2(y1, casts[1], None).contiguous(memory_format=torch.channels_last)
-        partials2 = norm2.statistics(x2, by)
-        stats2 = merged_statistics(partials2, norm2.eps, wide_dtype(dtype))
+        pixels = _pixels(x2)
+        inner.append(_mean_and_variance(by.statistics(x2), pixels))
+        stats2 = saved_statistics(*inner[1], norm2.eps, wide_dtype(dtype))
         of_y2 = _input_norm(stats2, weight2, bias2)
 
         rows = [(x2, of_y2, 1, w3, weight3, bias3)]
         if shortcut:
             rows.append((x, None, block.stride, *shortcut[0]))
-        pixels = _pixels(x2)
         measured = [
             (Conv1x1(y, w, stride), *folding.moments(y, norm, stride), pixels, outer_norm.eps)
             for (y, norm, stride, w, *_), outer_norm in zip(rows, outer, strict=True)
@@ -132,10 +139,10 @@ class FoldedBottleneckFunction(Function):
         residual = None if shortcut else x
         out, mask = folding.apply(x2, of_y2, folded[0], shift, 1, *second, residual, None, True, True)
 
-        norm1.move_running(partials1)
-        norm2.move_running(partials2)
-        for norm, stats in zip(outer, of_outer[2::3], strict=True):
-            folding.update_running(*norm[:4], stats, pixels)
+        for norm, stats, count in zip(
+            block.norms, (*inner, *of_outer[2::3]), (_pixels(x1), *[pixels] * 3), strict=False
+        ):
+            folding.update_running(*norm[:4], stats, count)
         kept = (partials1, stats1, stats2, of_y2, mask, *casts, y1 if block.keep_y1 else None, x1, x2, *of_outer)
         ctx.save_for_backward(x, *parameters, *kept)
         ctx.block = block
@@ -156,7 +163,6 @@ class FoldedBottleneckFunction(Function):
         _, weight1, bias1, _, weight2, _, w3, weight3, _, *shortcut = parameters
         needs = ctx.needs_input_grad[1:]
         pixels = _pixels(x2)
-        wide = weight1.dtype if weight1 is not None else wide_dtype(dtype)
 
         # conv3 and the shortcut's convolution
         second = (x, block.stride) if shortcut else (None, 1)
@@ -177,7 +183,7 @@ class FoldedBottleneckFunction(Function):
         dx2, _ = by.backward_apply(dy2, x2, weight2, None, stats2, None, sums, False, True, False)
         del dy2
         of_g, of_gx = sums[:-1].view(2, -1)
-        dweight2, dbias2 = (of_gx * stats2[1].double()).to(wide), of_g.to(wide)
+        dweight2, dbias2 = of_gx * stats2[1].double(), of_g
         if y1 is None:
             y1, _ = activation(x1, partials1, weight1, bias1, block.norms[0].eps, True, by)
         dy1, dw2, _ = block.conv2.backward(dx2, y1, w2, False, (True, True, False))
@@ -281,8 +287,10 @@ def folded_bottleneck(
     folding: str,
     recompute: bool,
     decision: FoldingDecision,
-) -> Tensor | None:
+) -> Tensor | bool | None:
     """The output of a Bottleneck in training, by one Function; None where the block must run in pieces.
+
+    False where, besides, its pieces would not fold either.
 
     It runs in pieces where its end would not be folded (see ``folding.py``), where a parameter is not trained, without
     grad mode, while traced or compiled, and where anything is not as it ought to be: the pieces then say what.
@@ -293,7 +301,10 @@ def folded_bottleneck(
         folding: as ``folding_asked`` gave it.
         recompute: whether not to keep what conv2 reads; ``folding="always"`` does not either.
     """
-    if folding == "never" or is_compiling() or is_traced() or not torch.is_grad_enabled():
+    if folding == "never" or is_compiling() or is_traced():
+        return None
+    if not torch.is_grad_enabled():
+        decision.expect(x)
         return None
     parameters = [p for part in parts for p in part.parameters]
     if has_torch_function_variadic(x, *parameters) or x.dim() != 4 or not is_channels_last(x) or x.is_inference():
@@ -329,7 +340,7 @@ def folded_bottleneck(
         decision=decision,
     )
     if ops is None:
-        return None
+        return None if shortcut and decision.safe is not False else False
     try:
         by = passes(x)
     except RuntimeError:  # a forced backend serves the pieces only
@@ -341,4 +352,4 @@ def folded_bottleneck(
             Block(norms, conv2, stride, dtype, keep_y1, decision, by, ops), x, *parameters
         )
     except Refused:
-        return None
+        return False

@@ -124,8 +124,9 @@ def folding_ops_of(
 ) -> FoldingOps | None:
     """Who serves a call that is described by numbers, for tensors like ``y``; arguments as of ``folding_choice``."""
     known = True if safe_unseen(dtype, sums_of(y.device.type)) else None if decision is None else decision.known(y)
-    if decision is not None and not blind:
-        decision.count()
+    traced = is_traced()
+    if decision is not None and not blind and not traced:
+        decision.asked(y, known)
     folds, _ = folding_choice(
         folding,
         dtype,
@@ -136,7 +137,7 @@ def folding_ops_of(
         image=pixels // max(1, y.size(0)),
         capability=registry.CPU_CAPABILITY,
         training=training,
-        traced=is_traced() or (blind and not known),
+        traced=traced or (blind and not known),
         channels_last=channels_last,
         fits=fits,
         measured=_measured(y, channels, outputs, pixels, dtype),
@@ -152,11 +153,12 @@ def _measured(y: Tensor, channels: Sequence[int], outputs: int, pixels: int, dty
 
 
 def may_gain(folding: str, y: Tensor, channels: Sequence[int], outputs: int) -> bool:
-    """Whether some batch of a layer would be folded for tensors like ``y``: a first question that costs little."""
+    """Whether a layer may be folded that makes ``y``, or what a stride leaves of it: a question that costs little."""
     if folding == "auto" and y.is_cuda and not is_compiling() and not registry.table_of(y.get_device()).folding:
         return False
     dtype = autocast_dtype(y) or y.dtype
-    return never_gains(folding, dtype, y.device.type, channels, outputs, registry.CPU_CAPABILITY) is None
+    most = y.numel() // max(1, y.size(1))
+    return never_gains(folding, dtype, y.device.type, channels, outputs, most, registry.CPU_CAPABILITY) is None
 
 
 def checked_moments(
@@ -186,5 +188,5 @@ def checked_moments(
             if not safe:
                 break
     if decision is not None:
-        decision.found(safe, why)
+        decision.found(safe, why, y)
     return found if safe else None

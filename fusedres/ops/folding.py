@@ -72,41 +72,71 @@ _MOST_ROUNDING_OF_FLOAT32_WEIGHTS = 2.0**8
 _LOOK_AGAIN = 256
 
 
+def _fingerprint(y: Tensor) -> tuple[object, ...] | None:
+    """What tells the calls of a layer apart where reading values costs little."""
+    if not y.is_cpu or y.numel() == 0:
+        return None
+    return tuple(y.shape), tuple(y.detach()[-1, :16, y.size(2) // 2, y.size(3) // 2].tolist())
+
+
 class FoldingDecision:
     """Whether the folds of one layer were exact enough when last looked at.
 
     A layer keeps it beside its parameters, not in its state_dict: a resumed run looks at its first call. On a CPU every
-    call looks, but for those after a refusal; elsewhere, where looking waits for the device, the first call does and
-    every 256th. Calls that cannot look (compiled, captured in a CUDA graph) and those that a checkpoint repeats in
-    backward do as was last decided.
+    call looks, but for the 256 after a refusal; elsewhere, where looking waits for the device, the first call does and
+    every 256th. Calls that cannot look (compiled, captured in a CUDA graph) do as was last decided; those that a
+    checkpoint repeats in backward do as they did, on a CPU also if the decision has changed since.
 
     Attributes:
         safe: None before the first look. why: in words.
     """
 
-    __slots__ = ("_calls", "safe", "why")
+    _REMEMBERED = 64  # calls
 
     def __init__(self) -> None:
         self.safe: bool | None = None
         self.why = "not looked at yet"
         self._calls = 0  # since the last look
+        self._last: tuple[object, ...] | None = None
+        self._outer: tuple[object, ...] | None = None
+        self._recent: dict[tuple[object, ...], bool] = {}
 
     def known(self, y: Tensor) -> bool | None:
         """The decision for a call with ``y``; None where the call has to look."""
         if is_blind(y):
             return self.safe is True
-        if self.safe is None or in_backward():
-            return self.safe
+        if self.safe is None:
+            return None
+        if in_backward():
+            return self._recent.get(_fingerprint(y), self.safe)
         looks = self._calls >= _LOOK_AGAIN or (self.safe and y.is_cpu)
         return None if looks else self.safe
 
-    def count(self) -> None:
-        """A call that could look, and did as was decided."""
+    def asked(self, y: Tensor, known: bool | None) -> None:
+        """A call begins for which the answer of :meth:`known` was this."""
+        if in_backward():
+            return
         self._calls += 1
+        self._last = _fingerprint(y)
+        if known is not None:
+            self._remember(known, self._last)
 
-    def found(self, safe: bool, why: str) -> None:
-        """A call has looked."""
+    def found(self, safe: bool, why: str, y: Tensor | None = None) -> None:
+        """That call has looked, at ``y``."""
         self.safe, self.why, self._calls = safe, why, 0
+        self._remember(safe, self._last, None if y is None else _fingerprint(y))
+
+    def expect(self, x: Tensor) -> None:
+        """The next call is part of one that reads ``x``, by which it may be known when it is repeated."""
+        self._outer = None if is_blind(x) else _fingerprint(x)
+
+    def _remember(self, safe: bool, *calls: tuple[object, ...] | None) -> None:
+        for call in (*calls, self._outer):
+            if call is not None:
+                self._recent[call] = safe
+        self._outer = None
+        while len(self._recent) > self._REMEMBERED:
+            del self._recent[next(iter(self._recent))]
 
 
 def _checked(folding: object, source: str) -> str:
@@ -128,25 +158,32 @@ def folding_asked(folding: str) -> str:
 
 
 def never_gains(
-    folding: str, dtype: torch.dtype, device: str, channels: Sequence[int], outputs: int, capability: str
+    folding: str, dtype: torch.dtype, device: str, channels: Sequence[int], outputs: int, pixels: int, capability: str
 ) -> str | None:
-    """Why no batch of such a layer is folded, in words; None if one may be. Arguments as of :func:`folding_choice`."""
+    """Why a layer of at most so many pixels is not folded, in words; None if it may be.
+
+    Arguments as of :func:`folding_choice`.
+    """
     if folding == "never":
         return 'folding is "never"'
     if dtype == torch.float16:
         return "float16 has not the range that folded weights and their products need"
+    if pixels < _PIXELS_PER_CHANNEL * max(channels):
+        return f"{pixels} pixels are fewer than {_PIXELS_PER_CHANNEL} for each of {max(channels)} channels"
     if folding == "always" or device != "cpu":
         return None
     if capability != "avx512":
         return f"nothing has been measured to gain with {capability}"
     if dtype not in _GAINS_ON_CPU:
         return f"nothing has been measured in {dtype}"
-    most, most_channels = max(channels), _GAINS_ON_CPU[dtype][0]
+    most, (most_channels, fewest, fewest_in_large) = max(channels), _GAINS_ON_CPU[dtype]
     if most > most_channels or outputs < _OUTPUTS_PER_CHANNEL * most:
         return (
             f"{most} to {outputs} channels, and folding gains up to {most_channels} and to {_OUTPUTS_PER_CHANNEL} times"
             " as many"
         )
+    if pixels < min(fewest, fewest_in_large):
+        return f"{pixels} pixels of {dtype}, too few for folding to gain"
     return None
 
 
@@ -181,18 +218,15 @@ def folding_choice(
         fits: dtypes, shapes and strides are those of one GEMM.
         measured: "fold" or "plain", which of them the table of a GPU says is faster; None where it does not know.
     """
-    most = max(channels)
-    never = never_gains(folding, dtype, device, channels, outputs, capability)
-    if never is not None:
-        return False, never
     if not training:
         return False, "evaluation has nothing to fold in training"
     if traced:
         return False, "the call is traced or transformed"
     if not fits:
         return False, "dtypes, shapes or strides are not those of one GEMM"
-    if pixels < _PIXELS_PER_CHANNEL * most:
-        return False, f"{pixels} pixels are fewer than {_PIXELS_PER_CHANNEL} for each of {most} channels"
+    never = never_gains(folding, dtype, device, channels, outputs, pixels, capability)
+    if never is not None:
+        return False, never
     if folding == "always":
         return True, 'folding is "always"'
     if not channels_last:
@@ -202,7 +236,7 @@ def folding_choice(
     _, fewest, fewest_in_large = _GAINS_ON_CPU[dtype]
     if pixels < (fewest_in_large if image >= _LARGE_IMAGE else fewest):
         return False, f"{pixels} pixels of {dtype}, too few for folding to gain"
-    return True, f"{most} to {outputs} channels of {pixels} pixels"
+    return True, f"{max(channels)} to {outputs} channels of {pixels} pixels"
 
 
 def numerically_safe(found: Conditioning, dtype: torch.dtype, weight_dtype: torch.dtype, sums: str) -> tuple[bool, str]:

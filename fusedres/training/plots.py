@@ -19,7 +19,7 @@ from torch import Tensor
 INK, MUTED, GRID = "#1b1f24", "#6b7280", "#e5e7eb"
 EAGER, BAND, FUSED, WRONG = "#475569", "#aab4c0", "#ea6a0c", "#c81e1e"
 
-_STYLE = {
+STYLE = {
     "figure.facecolor": "white",
     "font.size": 11,
     "font.family": ["DejaVu Sans"],
@@ -52,7 +52,7 @@ def draw_comparison(result: dict[str, Any], images: Tensor, path: Path) -> None:
         images: the test images, uint8 ``(N, H, W, C)``.
         path: of the PNG.
     """
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(12.8, 9.0), dpi=150)
         _header(figure, result)
         _strip(figure, result, images)

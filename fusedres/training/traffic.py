@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -159,19 +160,24 @@ class StepRecorder(TorchDispatchMode):
         return [Launch("apply", loads, stores)] if loads + stores else []
 
 
+_ASKED_FOR_FOLDS = ("folding_choice", "never_gains")  # functions whose first argument is "auto", "always" or "never"
+
+
 @contextmanager
 def _every_fold_gains() -> Iterator[None]:
     """Decide "auto" as where every layer that can be folded gains by it."""
-    choice = folded_call.folding_choice
+    originals = {name: getattr(folded_call, name) for name in _ASKED_FOR_FOLDS}
 
-    def gains(asked: str, *args: Any, **kwargs: Any) -> tuple[bool, str]:
-        return choice("always" if asked == "auto" else asked, *args, **kwargs)
+    def gains(original: Callable[..., Any], asked: str, *args: Any, **kwargs: Any) -> Any:
+        return original("always" if asked == "auto" else asked, *args, **kwargs)
 
-    folded_call.folding_choice = gains
+    for name, original in originals.items():
+        setattr(folded_call, name, partial(gains, original))
     try:
         yield
     finally:
-        folded_call.folding_choice = choice
+        for name, original in originals.items():
+            setattr(folded_call, name, original)
 
 
 def _prepare(model: nn.Module, variant: str) -> None:
@@ -181,7 +187,7 @@ def _prepare(model: nn.Module, variant: str) -> None:
     for module in model.modules():
         if hasattr(module, "folding"):
             module.folding = _FOLDING[variant]
-            folding_decision(module).found(True, "fake tensors have no values to look at")
+            folding_decision(module).safe = True  # fake tensors have no values to look at
 
 
 def record_step(network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, OpTraffic]:

@@ -10,11 +10,14 @@ import types
 import pytest
 import torch
 
-from benchmarks import cases
+import fusedres
+from benchmarks import cases, plain_resnet, steps
 from benchmarks.gpu import device as device_module
-from benchmarks.gpu import host, models, ops
+from benchmarks.gpu import host, kernels, models, ops
 from benchmarks.gpu.device import HostDevice, Replay
 from benchmarks.shapes import Shape
+from fusedres.ops import choices, registry
+from fusedres.ops import conv1x1_bn_act as folded
 from fusedres.ops.traffic import Launch
 
 SMALL = [
@@ -33,6 +36,25 @@ def device():
     device = HostDevice(clock=lambda: next(ticks) * 1e-3)
     device.step_seconds = 0.01
     return device
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The name of a model of four Bottlenecks, one for each stage, on small images."""
+    fused = steps._fused
+    layers = [1, 1, 1, 1]
+    monkeypatch.setitem(
+        steps.PLAIN, "tiny", lambda: plain_resnet.PlainResNet(plain_resnet.PlainBottleneck, layers, num_classes=10)
+    )
+    monkeypatch.setitem(steps.INPUTS, "tiny", (3, 64, 64))
+    monkeypatch.setattr(
+        steps,
+        "_fused",
+        lambda name: (
+            fusedres.models.ResNet(fusedres.Bottleneck, layers, num_classes=10) if name == "tiny" else fused(name)
+        ),
+    )
+    return "tiny"
 
 
 class TestDevice:
@@ -65,6 +87,18 @@ class TestDevice:
         seconds = device.step_times(lambda: calls.append(1), rounds=5)
         assert len(seconds) == 5
         assert len(calls) == 1 + 5 * 2
+
+    def test_matmul_rate_is_measured_once(self, device):
+        assert device.matmul_rate(torch.float32) == pytest.approx(2 * device.matmul_size**3 / 1e-3)
+        assert device.matmul_rate(torch.float32) == device.matmul_rate(torch.float32)
+
+    def test_pieces_lie_between_marks(self, device):
+        def marked(mark):
+            for _ in range(2):
+                mark()
+
+        assert device.pieces(marked) == [[("call", pytest.approx(1e-3))]] * 3
+        assert device.launched(lambda: None) == []
 
     def test_copy_bandwidth_is_measured_once(self, device):
         assert device.copy_bandwidth() == pytest.approx(2 * device.copy_bytes / 1e-3)
@@ -181,6 +215,30 @@ class TestCudaDevice:
         monkeypatch.setattr(device, "_profile", profile)
         replays = [lambda: ran.append(("statistics", 1e-6)), lambda: ran.extend([("reduce", 2e-6), ("apply", 3e-6)])]
         assert device.kernels(replays) == [("statistics", 1e-6), ("reduce", 2e-6), ("apply", 3e-6)]
+
+    def test_pieces_between_marks_on_the_stream(self, cuda, monkeypatch):
+        device, fake = cuda
+        ran = []
+        monkeypatch.setattr(fake, "_sleep", lambda cycles: ran.append("at::cuda::spin_kernel(long)"), raising=False)
+
+        def profile(function, rounds):
+            ran.clear()
+            for _ in range(rounds):
+                function()
+            return [(name, float(i), 1e-6) for i, name in enumerate(ran)]
+
+        monkeypatch.setattr(device, "_profile", profile)
+
+        def step(mark=lambda: None):
+            for names in (["before"], ["gemm", "combine"], [], ["apply"]):
+                ran.extend(names)
+                mark()
+
+        of = [[name for name, _ in piece] for piece in device.pieces(step)]
+        assert of == [["before"], ["gemm", "combine"], [], ["apply"], []]
+        assert device.launched(step) == [(name, 1e-6) for name in ("before", "gemm", "combine", "apply")]
+        names = itertools.count()
+        assert device.launched(lambda: ran.append(f"another {next(names)}")) == []
 
     def test_the_rest(self, cuda):
         device, fake = cuda
@@ -322,9 +380,27 @@ class TestModels:
 
     def test_fused_steps_are_gated_against_eager(self, device, monkeypatch):
         monkeypatch.setattr(models, "FUSED", ("cpu",))
+        monkeypatch.setitem(models.FOLDING, "cpu", "never")
         rows = list(models.measure_kind("cifar_resnet20", "cpu", 32, device, graphs=(False,)))
         assert "error" not in rows[0], rows
         assert len(rows[0]["losses"]) == 3
+        assert rows[0]["folded_blocks"] == 0
+
+    def test_folded_steps_are_folded(self, device, tiny):
+        counts = {}
+        for kind in ("fusedres", "folded"):
+            (row,) = models.measure_kind(tiny, kind, 16, device, graphs=(False,))
+            assert "error" not in row, row
+            counts[kind] = row["folded_blocks"]
+        assert counts == {"fusedres": 0, "folded": 2}  # those with enough pixels
+
+    def test_auto_only_with_a_table(self, device, monkeypatch):
+        assert not models.is_tuned(device)
+        monkeypatch.setattr(device, "kind", "cuda")
+        device.device = torch.device("cuda", 5)
+        for table, tuned in ((choices.Table({}, ""), False), (choices.Table({}, "", {(): "fold"}), True)):
+            monkeypatch.setitem(registry._tables, 5, table)
+            assert models.is_tuned(device) == tuned
 
     def test_other_losses_are_refused(self, device, monkeypatch):
         real = models.make_step
@@ -338,6 +414,97 @@ class TestModels:
         monkeypatch.setattr(models, "make_step", wrong)
         (row,) = models.measure_kind("cifar_resnet20", "compile", 4, device)
         assert "are not eager's" in row["error"]
+
+
+class TestKernels:
+    @pytest.mark.parametrize("kind", ["folded", "fusedres", "eager"])
+    def test_every_call_is_in_a_group(self, device, tiny, kind):
+        """On the CPU a call is its kernel, of a millisecond from one mark to the next."""
+        row = kernels.measure(tiny, kind, 16, device)
+        assert "error" not in row, row
+        json.dumps(row)
+        groups = {group["group"]: group for group in row["groups"]}
+        assert row["kernels_ms"] == pytest.approx(sum(group["ms"] for group in groups.values()))
+        assert row["kernels_ms"] == pytest.approx(row["kernels"])
+        assert row["between_ms"] == pytest.approx(row["ms"] - row["kernels_ms"])
+        assert row["kernels_timed"] == "calls"
+        assert [name for name in kernels.GROUPS if name in groups] == list(groups)
+        for group in groups.values():
+            assert group["kernels"] == sum(of["kernels"] for of in group["ops"].values())
+        assert groups["3x3 convolutions"]["ops"]["convolution_backward"]["calls"] == 4
+        assert "convolution" in groups["stem"]["ops"]
+        assert any("max_pool" in op for op in groups["stem"]["ops"])
+        folds = [name for name in groups if name.startswith("folded")]
+        shapes = {(p["group"], p["shape"]) for p in row["passes"]}
+        if kind != "folded":
+            assert folds == []
+            assert shapes == set()
+            assert "small matrices" not in groups
+            assert groups["1x1 convolutions"]["ops"]["convolution"]["calls"] == 12
+            return
+        assert folds == [name for name in kernels.GROUPS if name.startswith("folded")]
+        assert groups["1x1 convolutions"]["ops"]["convolution"]["calls"] == 6  # two blocks are not folded
+        assert groups["small matrices"]["ops"]["conv1x1_bn_unfold"]["calls"] == 4
+        assert shapes == {
+            ("folded: conv1", "4096x64->64"),
+            ("folded: conv1", "4096x256->128"),
+            ("folded: moments", "4096x64"),
+            ("folded: moments", "1024x128"),
+            ("folded: moments", "1024x256"),
+            ("folded: output", "4096x64+64->256"),
+            ("folded: output", "1024x128+256->512"),
+            ("folded: products", "4096x64+64->256"),
+            ("folded: products", "1024x128+256->512"),
+            ("folded: input gradient", "4096x64+64->256"),
+            ("folded: input gradient", "1024x128+256->512"),
+            ("folded: gradient of conv1's input", "4096x64->64"),
+            ("folded: gradient of conv1's input", "4096x128->256"),
+        }
+        (of_output,) = [p for p in row["passes"] if p["shape"] == "1024x128+256->512" and "output" in p["group"]]
+        moved = folded.conv1x1_bn_act_apply_traffic(
+            (16, 128, 8, 8), 512, torch.bfloat16, norm=True, shape2=(16, 256, 16, 16), stride2=2
+        )
+        assert of_output["bytes"] == moved.floor
+        assert of_output["flops"] == 2 * 1024 * (128 + 256) * 512
+        floors = {"bandwidth": moved.floor / device.copy_bandwidth()}
+        floors["products"] = of_output["flops"] / device.matmul_rate(torch.bfloat16)
+        assert of_output["bound"] == max(floors, key=floors.get)
+        assert of_output["floor_us"] == pytest.approx(max(floors.values()) * 1e6)
+        assert of_output["share_of_floor"] == pytest.approx(max(floors.values()) / 1e-3)
+
+    def test_nothing_is_left_behind(self, device, tiny):
+        block = fusedres.ops.folded_bottleneck.FoldedBottleneckFunction
+        before = dict(vars(block)), {name: op._launcher for name, op in registry.OPS.items()}
+        kernels.measure(tiny, "folded", 16, device)
+        assert (dict(vars(block)), {name: op._launcher for name, op in registry.OPS.items()}) == before
+
+    def test_launchers_are_calls(self, monkeypatch):
+        """What the launchers of Triton allocate and launch is theirs."""
+        calls = []
+
+        def launcher(x, *arguments):
+            calls.append(torch.zeros(3))
+            return x
+
+        op = registry.OPS["add_act"]
+        monkeypatch.setattr(registry.Op, "why_not", lambda self, backend: None if self is op else "not here")
+        monkeypatch.setattr(op, "_launcher", launcher)
+        recorder = kernels.Recorder(lambda: None, 2, ())
+        with recorder.everywhere():
+            op.triton(torch.ones(2, 3, 4, 5), None, True, False)
+        assert [(c.group, c.op) for c in recorder.calls[-1:]] == [("batch norm and elementwise", "add_act")]
+        assert op._launcher is launcher
+        assert len(calls) == 1
+
+    def test_times_are_those_of_the_graph(self):
+        pieces = [[("a", 9.0)], [], [("b", 9.0), ("a", 9.0)]]
+        graph = [("a", 1.0), ("b", 2.0), ("a", 3.0)]
+        assert kernels.timed(pieces, graph) == ([[("a", 1.0)], [], [("b", 2.0), ("a", 3.0)]], True)
+        assert kernels.timed(pieces, graph[:2]) == (pieces, False)
+        assert kernels.timed(pieces, [("a", 1.0), ("a", 2.0), ("b", 3.0)]) == (pieces, False)
+
+    def test_a_kind_that_cannot_run_is_a_row(self, device, tiny):
+        assert "cannot serve" in kernels.measure(tiny, "cuda", 4, device)["error"]
 
 
 class TestHost:

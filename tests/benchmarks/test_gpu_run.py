@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as driver
-from benchmarks.gpu import host, models, ops, table
+from benchmarks.gpu import host, kernels, models, ops, table
 from benchmarks.gpu.env import architecture, gpu_environment, slug
 from benchmarks.gpu.parts import Command, Outcome, Part, Runner, chosen
+from fusedres import verification
 from fusedres.cli import main as fusedres
 
 ROOT = Path(driver.__file__).resolve().parents[2]
@@ -138,18 +139,26 @@ class TestPlan:
     def test_most_valuable_first_and_within_nine_minutes(self, tmp_path):
         parts = driver.plan(tmp_path, 4)
         names = [p.name for p in parts]
-        assert names[:6] == ["build", "build-triton", "env", "verify", "tests", "ops"]
+        assert names[:8] == ["build", "build-triton", "env", "verify", "tests", "folding", "models", "kernels"]
         assert driver.SECONDS < 9 * 60
         assert len(names) == len(set(names))
         for part in parts:
             assert set(part.needs) <= set(names)
-            if any(w in c.argv for c in part.commands for w in ("benchmarks.gpu.ops", "benchmarks.gpu.models")):
-                assert part.quiet or all(c.background for c in part.commands if "--warm" in c.argv)
+            for command in part.commands:
+                if command.argv[2].startswith("benchmarks.gpu.") and command.argv[2] != "benchmarks.gpu.env":
+                    assert command.background if "--warm" in command.argv else part.quiet
+        assert set(verification.FOLDED) < set(driver.VERIFY)
+
+    def test_tests_run_once(self, tmp_path):
+        parts = {part.name: part for part in driver.plan(tmp_path, 4)}
+        files = [Path(a) for name in ("tests", "folding") for a in parts[name].commands[0].argv if a.endswith(".py")]
+        assert sorted(files) == driver.gpu_tests()
+        assert [path.name for path in files if path == driver.FOLDING_TESTS] == ["test_folding.py"]
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="it would run them")
     def test_every_command_is_one_that_exists(self, tmp_path):
         """The arguments are parsed by the programs that they are for."""
-        programs = {"benchmarks.gpu.ops": ops, "benchmarks.gpu.models": models, "benchmarks.gpu.host": host}
+        programs = {f"benchmarks.gpu.{m.__name__.rpartition('.')[2]}": m for m in (ops, models, host, kernels)}
         seen = set()
         for command in (c for p in driver.plan(tmp_path, 1) for c in p.commands):
             if command.argv[1] != "-m":
@@ -247,16 +256,58 @@ OPS = [
     op_row("cuda", 4.0, shape=[256, 64, 56, 56], residual=False, timed="calls"),
 ]
 del OPS[2]["ms"]
-MODELS = [
-    {"model": "resnet50", "kind": kind, "batch": 256, "graph": graph, "images_per_s": images, "peak_mb": 9e3}
-    for kind, graph, images in (("eager", False, 2400), ("eager", True, 2500), ("cuda", True, 3500))
-] + [{"model": "resnet50", "kind": "compile", "batch": 256, "error": "OutOfMemoryError: much"}]
+MODELS = (
+    [
+        {"model": "resnet50", "kind": kind, "batch": 256, "graph": graph, "images_per_s": images, "peak_mb": 9e3}
+        for kind, graph, images in (("eager", False, 2400), ("eager", True, 2500), ("cuda", True, 3500))
+    ]
+    + [
+        {"model": "resnet50", "kind": "folded", "batch": 256, "graph": True, "images_per_s": 5600, "folded_blocks": 16},
+        {
+            "model": "resnet50",
+            "kind": "fusedres",
+            "batch": 256,
+            "graph": True,
+            "images_per_s": 4480,
+            "folded_blocks": 0,
+        },
+    ]
+    + [{"model": "resnet50", "kind": "compile", "batch": 256, "error": "OutOfMemoryError: much"}]
+)
 _SMALL = {"shape": [2, 8, 2, 2], "dtype": "float32"}
 HOST = [
     {"op": "add_act", "peer": "cuda", "forward_us": 9.5, **_SMALL},
     {"op": "batch_norm_act", "residual": True, "peer": "cuda", "forward_us": 13.25, **_SMALL},
     {"op": "batch_norm_act", "residual": False, "peer": "cuda", "forward_us": 12.5, **_SMALL},
     {"op": "batch_norm_act", "peer": "triton", "error": "no", **_SMALL},
+]
+GROUP = {"group": "folded: output", "calls": 16, "kernels": 16, "ms": 3.25, "ops": {}}
+PASS = {
+    "group": "folded: output",
+    "shape": "802816x64->256",
+    "calls": 3,
+    "us": 200.0,
+    "bytes": 1,
+    "flops": 1,
+    "floor_us": 170.0,
+    "bound": "bandwidth",
+    "share_of_floor": 0.85,
+}
+KERNELS = [
+    {
+        "model": "resnet50",
+        "kind": "folded",
+        "batch": 256,
+        "ms": 42.5,
+        "kernels_ms": 40.0,
+        "between_ms": 2.5,
+        "kernels": 1616,
+        "copy_gb_per_s": 4000.0,
+        "matmul_tflop_per_s": 650.0,
+        "groups": [GROUP, GROUP | {"group": "rest", "kernels": 1600, "ms": 36.75}],
+        "passes": [PASS, PASS | {"group": "folded: products", "share_of_floor": 0.75, "bound": "products"}],
+    },
+    {"model": "resnet50", "kind": "fusedres", "batch": 256, "error": "OutOfMemoryError: much"},
 ]
 
 
@@ -284,22 +335,43 @@ class TestTable:
         assert of("host time").met is False
         assert all(b.met is None and b.measured == "not measured" for n, b in lines.items() if n.startswith("triton"))
 
+    def test_bars_of_folding(self):
+        lines = {b.what: b for b in table.bars(OPS, MODELS, HOST, KERNELS) if b.what.startswith("folded")}
+        step, *against, slowest = lines.values()
+        assert (step.measured, step.met) == ("5600 images/s", True)
+        assert [b.measured for b in against] == [
+            "1.25x (5600 and 4480 images/s)",
+            "not measured",
+            "2.24x (5600 and 2500 images/s)",
+        ]
+        assert [b.met for b in against] == [True, None, True]
+        assert (slowest.measured, slowest.met) == ("75%, products 802816x64->256 (2 sizes)", False)
+        nothing = [b for b in table.bars([], [], []) if b.what.startswith("folded")]
+        assert [b.measured for b in nothing] == ["not measured"] * 5
+
     def test_report_of_anything(self):
         parts = [
             {"name": "build", "status": "ok", "seconds": 61.2},
             {"name": "ops", "status": "skipped", "why": "time"},
         ]
         env = {"device": "NVIDIA H200", "torch": "2.11.0"}
-        text = table.report(env, parts, OPS, MODELS, HOST)
+        text = table.report(env, parts, OPS, MODELS, HOST, KERNELS)
         assert "copy 4000 .. 4000 GB/s" in text
         assert "| build | ok | 61 |  |" in text
         assert "| batch_norm_act 256x64x56x56 | bfloat16 | channels_last | 9.000 | 3.000 | 4.000* (90%) |" in text
         assert "- batch_norm_act+residual 256x256x56x56 bfloat16, cudnn: RuntimeError: not for bfloat16" in text
         assert "| resnet50 | cuda | 256 | graph | 3500 | 1.40x | 9000 |" in text
+        assert "| resnet50 | folded, 16 blocks folded | 256 | graph | 5600 | 2.24x |  |" in text
+        assert "| folded: output | 3.250 (16) |" in text
+        assert "| all kernels | 40.000 (1616) |" in text
+        assert "| **step** | **42.500** |" in text
+        assert "| output | 802816x64->256 | 3 | 200.0 | 170.0 | bandwidth | 85% |" in text
+        assert "- fusedres: OutOfMemoryError: much" in text
         assert "OutOfMemoryError: much" in text
         empty = table.report({}, [], [], [], [])
         assert "not measured" in empty
         assert "No op was measured." in empty
+        assert "No kernels were measured." in empty
 
 
 class TestResults:
@@ -312,6 +384,7 @@ class TestResults:
         (logs / "verify-add_act.log").write_text(
             json.dumps({"rows": [*rows, rows[0] | {"failed": 0, "multiple": 1.5}]})
         )
+        (work / "kernels.jsonl").write_text(json.dumps(KERNELS[0]))
         (work / "ops.jsonl").write_text("\n".join([json.dumps(OPS[0]), json.dumps(OPS[3]), '{"op": "cut o']))
         results = driver.Results(work, directory, copy, {"device": "NVIDIA H200", "torch": "?"})
         results.outcomes = {"ops": Outcome("ops", "timeout", 110.0, exits={"ops": None})}
@@ -323,8 +396,10 @@ class TestResults:
         assert env["tests"] == {"counts": {}, "failed": []}
         assert json.loads((directory / "ops.json").read_text())["results"]["calls"] == [OPS[0], OPS[3]]
         assert json.loads((directory / "models.json").read_text())["results"] == []
+        assert json.loads((directory / "kernels.json").read_text())["results"] == KERNELS[:1]
         assert (directory / "table.md").read_text() == text + "\n"
-        assert sorted(p.name for p in copy.iterdir()) == ["env.json", "models.json", "ops.json", "table.md"]
+        files = ["env.json", "kernels.json", "models.json", "ops.json", "table.md"]
+        assert sorted(p.name for p in copy.iterdir()) == files
 
     def test_counts_of_tests(self, tmp_path):
         log = tmp_path / "log"
@@ -338,4 +413,7 @@ class TestResults:
         )
         found = driver.test_counts(log)
         assert found == {"counts": {"passed": 2, "failed": 1, "skipped": 1}, "failed": ["gpu/test_ops.py::test_b"]}
+        other = tmp_path / "other"
+        other.write_text("[gw0] [ 40%] PASSED ../../tests/gpu/test_folding.py::test_e \n")
+        assert driver.test_counts(log, other)["counts"] == {"passed": 3, "failed": 1, "skipped": 1}
         assert driver.test_counts(tmp_path / "none") == {"counts": {}, "failed": []}

@@ -62,7 +62,7 @@ def test_convolutions(resnet50):
     assert of_all == pytest.approx(resnet50["convolutions_of_eager"], abs=0.001) == pytest.approx(124.5, abs=0.1)
     launches = eager["aten::convolution_backward"]["launches"]
     assert launches["weight gradient"] == pytest.approx(eager["aten::convolution"]["launches"]["forward"], abs=0.001)
-    assert (eager["aten::convolution"]["calls"], always["aten::convolution"]["calls"]) == (53, 33)
+    assert (eager["aten::convolution"]["calls"], always["aten::convolution"]["calls"]) == (53, 17)  # 3x3 and the stem
     for found in resnet50["variants"].values():
         everything = sum(op["loads"] + op["stores"] for op in found["ops"].values())
         assert found["all"] == pytest.approx(everything, abs=0.01)
@@ -70,10 +70,14 @@ def test_convolutions(resnet50):
 
 
 def test_folded_moves_less(resnet50):
-    """Blocks as one Function: a fifth of eager's bytes, no sums of gradients; a pass more where y1 is recomputed."""
+    """Blocks as one Function: a fifth of eager's bytes, no sums of gradients; a pass more where y1 is recomputed.
+
+    A model by hand of the same passes, without the average pool, has 69.5 and 77.
+    """
     auto, always, fused = (resnet50["variants"][v] for v in ("auto", "always", "fused"))
     assert fused["batch_norm_and_elementwise"] > 215
-    assert auto["batch_norm_and_elementwise"] < 75 < always["batch_norm_and_elementwise"] < 83
+    assert auto["batch_norm_and_elementwise"] == pytest.approx(69.5, abs=0.8)
+    assert always["batch_norm_and_elementwise"] == pytest.approx(77, abs=0.8)
     y1 = 1_906_688 * 2e-6  # the outputs of 16 first convolutions
     recomputed = always["batch_norm_and_elementwise"] - auto["batch_norm_and_elementwise"]
     assert recomputed == pytest.approx(2 * y1, abs=0.01)
@@ -125,6 +129,8 @@ def test_table(capsys):
 
 
 def test_nothing_is_left_behind():
-    before = (folded_call.folding_choice, registry.backend())
+    names = ("folding_choice", "never_gains")
+    before = [getattr(folded_call, name) for name in names]
     traffic.step_traffic("resnet20", batch=4, image=8, dtype=torch.float32, variant="always")
-    assert (folded_call.folding_choice, registry.backend()) == before == (folding.folding_choice, "auto")
+    assert [getattr(folded_call, name) for name in names] == before == [getattr(folding, name) for name in names]
+    assert registry.backend() == "auto"

@@ -7,6 +7,7 @@ same on the joined batch and asserts.
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import math
 import sys
@@ -17,9 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedres
-from fusedres.nn.norm import norm_act, norm_act_max_pool, norm_add_norm_act
+from fusedres.nn.norm import conv_norm_act, folding_decision, norm_act, norm_act_max_pool, norm_add_norm_act
 
 
 @dataclass
@@ -115,6 +117,161 @@ THREE = [
     Case("cumulative average", (1, 1, 2), module={"momentum": None}, steps=3),
     Case("two empty", (0, 0, 3), channels=3),
 ]
+
+
+@dataclass
+class FoldedCase:
+    """A 1x1 convolution and its norm, or a block, whose norms meet; folded, where every process can."""
+
+    name: str
+    parts: tuple[int, ...]
+    kind: str = "conv"  # or "Bottleneck", "BasicBlock"
+    dtype: torch.dtype = torch.float64
+    folds: bool = True  # what is expected
+    norm: dict[str, Any] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=lambda: {"folding": "always"})
+    projection: bool = False
+    residual: bool = False
+    act: bool = True
+    stride: int = 1
+    area: tuple[int, int] = (6, 6)
+    data: str = "normal"  # or "far apart": the processes' means differ; "nearly equal": channels, in the last process
+    frozen: tuple[str, ...] = ()
+    steps: int = 2
+
+    @property
+    def channels(self) -> int:
+        return 16 if self.kind == "conv" else 32
+
+    def module(self) -> nn.Module:
+        torch.manual_seed(0)
+        if self.kind == "conv":
+            conv = nn.Conv2d(self.channels, 48, 1, self.stride, bias=False)
+            module: nn.Module = nn.ModuleDict({"conv": conv, "bn": nn.BatchNorm2d(48, **self.norm)})
+        else:
+            kind = getattr(fusedres, self.kind)
+            inplanes, planes = self.channels, 8 if self.kind == "Bottleneck" else 32
+            outplanes = planes * kind.expansion
+            stride, shortcut = 1, None
+            if self.projection:
+                stride, planes = 2, planes // 2
+                outplanes //= 2
+                conv = nn.Conv2d(inplanes, outplanes, 1, 2, bias=False)
+                shortcut = nn.Sequential(conv, nn.BatchNorm2d(outplanes, **self.norm))
+            layer = functools.partial(nn.BatchNorm2d, **self.norm)
+            module = kind(inplanes, planes, stride, shortcut, norm_layer=layer)
+        for m in module.modules():
+            if isinstance(m, nn.BatchNorm2d) and m.affine:
+                nn.init.uniform_(m.weight, 0.5, 1.5)
+                nn.init.normal_(m.bias)
+        module = module.to(self.dtype)
+        if self.data == "nearly equal":
+            with torch.no_grad():
+                weight = module["conv"].weight
+                weight -= weight.mean(1, keepdim=True)
+        for name in self.frozen:
+            module.get_parameter(name).requires_grad_(False)
+        return module
+
+    def inputs(self, step: int) -> dict[str, Tensor]:
+        """The joined batch: x, residual and dy."""
+        generator = torch.Generator().manual_seed(step)
+        n, (h, w) = sum(self.parts), self.area
+        x = torch.randn(n, self.channels, h, w, generator=generator, dtype=torch.float64)
+        part = torch.repeat_interleave(torch.arange(len(self.parts)), torch.tensor(self.parts)).view(-1, 1, 1, 1)
+        if self.data == "far apart":
+            x += 10 * part
+        elif self.data == "nearly equal":
+            x = torch.where(part == len(self.parts) - 1, x[:, :1] + 0.001 * x + 3, x)
+        outplanes = 48 if self.kind == "conv" else self.channels // (2 if self.projection else 1)
+        stride = 2 if self.projection else self.stride
+        shape = (n, outplanes, -(-h // stride), -(-w // stride))
+        residual, dy = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+        tensors = {"x": x, "dy": dy} | ({"residual": residual} if self.residual else {})
+        return {k: v.to(self.dtype).contiguous(memory_format=torch.channels_last) for k, v in tensors.items()}
+
+    def forward(self, module: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
+        if self.kind != "conv":
+            return module(x)
+        act = nn.ReLU() if self.act else None
+        decision = folding_decision(module)
+        return conv_norm_act(module["conv"], module["bn"], x, residual, act, module.folding, decision)
+
+
+ALWAYS, NEVER = {"folding": "always"}, {"folding": "never"}
+RECOMPUTE = {"folding": "never", "recompute": True}
+FOLDED_TWO = [
+    FoldedCase("conv", (3, 2)),
+    FoldedCase("conv, residual", (2, 4), residual=True),
+    FoldedCase("conv, strided, linear", (9, 8), stride=2, act=False),
+    FoldedCase("conv, cumulative average", (3, 2), norm={"momentum": None}, residual=True, steps=3),
+    FoldedCase("conv, no affine", (3, 2), norm={"affine": False}),
+    FoldedCase("conv, nothing", (3, 2), norm={"affine": False, "track_running_stats": False}, residual=True),
+    FoldedCase("conv, means far apart", (3, 2), data="far apart", residual=True),
+    FoldedCase("conv, frozen weight", (3, 2), frozen=("conv.weight",)),
+    FoldedCase("conv, frozen norm", (3, 2), frozen=("bn.weight", "bn.bias")),
+    FoldedCase("conv, float32", (12, 7), dtype=torch.float32, residual=True),
+    FoldedCase("conv, float32, far apart", (12, 7), dtype=torch.float32, data="far apart"),
+    FoldedCase("conv, bfloat16", (12, 7), dtype=BF16, residual=True),
+    FoldedCase("conv, one too small", (3, 1), folds=False, residual=True),
+    FoldedCase("conv, one empty", (4, 0), folds=False, residual=True),
+    FoldedCase("conv, first empty", (0, 4), folds=False),
+    FoldedCase("conv, one refuses", (6, 5), dtype=BF16, data="nearly equal", folds=False, steps=3),
+    FoldedCase("conv, never", (3, 2), attributes=NEVER, folds=False),
+    FoldedCase("Bottleneck", (3, 2), "Bottleneck"),
+    FoldedCase("Bottleneck, projection", (5, 4), "Bottleneck", projection=True, area=(8, 8)),
+    FoldedCase("Bottleneck, cumulative average", (3, 2), "Bottleneck", norm={"momentum": None}, steps=3),
+    FoldedCase("Bottleneck, one too small", (3, 1), "Bottleneck", area=(5, 5), folds=False),
+    FoldedCase("Bottleneck, one empty", (0, 3), "Bottleneck", folds=False),
+    FoldedCase("Bottleneck, frozen", (3, 2), "Bottleneck", frozen=("conv1.weight", "bn3.bias")),
+    FoldedCase("Bottleneck, recomputed", (3, 2), "Bottleneck", attributes=RECOMPUTE, folds=False),
+    FoldedCase("Bottleneck, recomputed and folded", (3, 2), "Bottleneck", attributes=ALWAYS | {"recompute": True}),
+    FoldedCase("BasicBlock, recomputed", (3, 2), "BasicBlock", attributes=RECOMPUTE, folds=False),
+    FoldedCase(
+        "BasicBlock, projection, recomputed", (3, 2), "BasicBlock", attributes=RECOMPUTE, projection=True, folds=False
+    ),
+    FoldedCase("BasicBlock, recomputed, one empty", (3, 0), "BasicBlock", attributes=RECOMPUTE, folds=False),
+]
+FOLDED_THREE = [
+    FoldedCase("conv, residual", (3, 2, 4), residual=True),
+    FoldedCase("conv, float32", (12, 7, 9), dtype=torch.float32, residual=True),
+    FoldedCase("conv, one too small", (3, 1, 4), folds=False),
+    FoldedCase("conv, one empty", (2, 0, 5), folds=False, residual=True),
+    FoldedCase("Bottleneck", (3, 2, 4), "Bottleneck"),
+    FoldedCase("Bottleneck, projection", (5, 4, 6), "Bottleneck", projection=True, area=(8, 8)),
+    FoldedCase("Bottleneck, recomputed", (1, 2, 3), "Bottleneck", attributes=RECOMPUTE, folds=False),
+    FoldedCase("BasicBlock, recomputed", (1, 2, 3), "BasicBlock", attributes=RECOMPUTE, folds=False),
+]
+
+
+class counting(TorchDispatchMode):
+    """How often the op that applies a folded convolution is called meanwhile."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "conv1x1_bn_act_apply" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def run_folded(case: FoldedCase, rank: int, device: torch.device) -> dict[str, Any]:
+    module = fusedres.SyncBatchNormAct2d.convert_sync_batchnorm(case.module()).to(device)
+    for name, value in case.attributes.items():
+        setattr(module, name, value)
+    results = {}
+    for step in range(case.steps):
+        own = {name: t.split(case.parts)[rank].to(device) for name, t in case.inputs(step).items()}
+        own = {name: t.contiguous(memory_format=torch.channels_last) for name, t in own.items()}
+        inputs = {name: own[name].requires_grad_() for name in ("x", "residual") if name in own}
+        calls = []
+        with recording(calls), counting() as counter:
+            y = case.forward(module, own["x"], own.get("residual"))
+        leaves = inputs | {name: p for name, p in module.named_parameters() if p.requires_grad}
+        with recording(calls):
+            grads = torch.autograd.grad(y, list(leaves.values()), own["dy"])
+        found = {"y": y.detach(), **{f"d{name}": g for name, g in zip(leaves, grads, strict=True)}}
+        results[step] = {"calls": calls, "folded": counter.count, **{name: t.cpu() for name, t in found.items()}}
+    return {"steps": results, "state": module.cpu().state_dict()}
 
 
 def run_case(case: Case, rank: int, device: torch.device) -> dict[str, Any]:
@@ -301,6 +458,7 @@ def run_two(rank: int) -> dict[str, Any]:
     found["fx"] = torch.equal(graph(x), norm(5)(x))
 
     found["twice"] = second_derivatives(rank)
+    found["twice, folded"] = second_derivatives_folded(rank)
 
     # one graph, collectives included
     x = x.detach().requires_grad_()
@@ -356,6 +514,24 @@ def second_derivatives(rank: int) -> tuple[Tensor, Tensor]:
     return torch.autograd.grad(((dx + v) ** 2).sum(), (x, norm.weight))
 
 
+def second_derivatives_folded(rank: int) -> dict[str, Tensor]:
+    case = next(case for case in FOLDED_TWO if case.name == "conv, residual")
+    module = fusedres.SyncBatchNormAct2d.convert_sync_batchnorm(case.module())
+    module.folding = "always"
+    own = {name: t.split(case.parts)[rank] for name, t in case.inputs(0).items()}
+    return penalty(module, functools.partial(case.forward, module), **own)
+
+
+def penalty(module: nn.Module, forward: Any, x: Tensor, residual: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """Gradients of the squares of gradients."""
+    x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    out = forward(x, residual.contiguous(memory_format=torch.channels_last))
+    (dx,) = torch.autograd.grad((out * out * dy).sum(), (x,), create_graph=True)
+    names = [name for name, _ in module.named_parameters()]
+    second = torch.autograd.grad((dx * dx).sum(), [x, *module.parameters()])
+    return dict(zip(["x", *names], second, strict=True)) | {"dx": dx.detach()}
+
+
 def main() -> None:
     rank, processes, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
@@ -366,6 +542,8 @@ def main() -> None:
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=processes)
     cases = TWO if processes == 2 else THREE
     found: dict[str, Any] = {"cases": {case.name: run_case(case, rank, device) for case in cases}}
+    folded = FOLDED_TWO if processes == 2 else FOLDED_THREE
+    found["folded"] = {case.name: run_folded(case, rank, device) for case in folded}
     if processes == 2 and "cases" not in sys.argv[4:]:
         found |= run_two(rank)
     torch.save(found, folder / f"rank{rank}.pt")

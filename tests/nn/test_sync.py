@@ -176,6 +176,94 @@ def test_as_one_process_on_the_joined_batch(launched, processes, case, where):
             check_error(name, value, eager.state_dict()[name], exact.state_dict()[name])
 
 
+# ---- folded regions and recomputed activations -----------------------------------------------------------------------
+
+
+class WrittenOut(nn.Module):
+    """A folded case in PyTorch's own modules; with ``mask`` in place of the last ReLU's own."""
+
+    def __init__(self, case):
+        super().__init__()
+        self.case, self.inner, self.mask = case, case.module(), None
+
+    def forward(self, x, residual=None):
+        m = self.inner
+        if self.case.kind == "conv":
+            y = m["bn"](m["conv"](x))
+            y = y if residual is None else y + residual
+        elif self.case.kind == "Bottleneck":
+            y = torch.relu(m.bn2(m.conv2(torch.relu(m.bn1(m.conv1(x))))))
+            y = m.bn3(m.conv3(y)) + (x if m.downsample is None else m.downsample(x))
+        else:
+            y = m.bn2(m.conv2(torch.relu(m.bn1(m.conv1(x)))))
+            y = y + (x if m.downsample is None else m.downsample(x))
+        if not self.case.act:
+            return y
+        return torch.relu(y) if self.mask is None else y * self.mask
+
+
+def written_out_step(module, inputs, mask=None):
+    """Of the joined batch: what each process has of it joined, parameter gradients added."""
+    module.mask = mask
+    inputs = {name: t.detach().clone(memory_format=torch.preserve_format) for name, t in inputs.items()}
+    dy = inputs.pop("dy")
+    leaves = {name: t.requires_grad_() for name, t in inputs.items()}
+    y = module(**leaves)
+    leaves |= {name: p for name, p in module.inner.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(y, list(leaves.values()), dy)
+    return {"y": y.detach(), **{f"d{name}": g for name, g in zip(leaves, grads, strict=True)}}
+
+
+FOLDED = [_case(2, case, backend) for backend in BACKENDS for case in worker.FOLDED_TWO]
+FOLDED += [_case(3, case, "auto") for case in worker.FOLDED_THREE]
+FOLDED += [_case(2, case, "two GPUs", *TWO_GPUS) for case in worker.FOLDED_TWO]
+
+
+@pytest.mark.parametrize(("processes", "case", "where"), FOLDED)
+def test_folded_as_one_process_on_the_joined_batch(launched, processes, case, where):
+    """By the rule of errors, float64 to its last digits; folded in all processes, or in none."""
+    ranks = launched(processes, where)
+    eager, exact = WrittenOut(case), WrittenOut(case).double()
+    for step in range(case.steps):
+        parts = [rank["folded"][case.name]["steps"][step] for rank in ranks]
+        assert [part["folded"] > 0 for part in parts] == [case.folds] * processes
+        assert all(part["calls"] == parts[0]["calls"] for part in parts)
+        inputs = case.inputs(step)
+        got = {}
+        for name in parts[0].keys() - {"calls", "folded"}:
+            tensors = [part[name] for part in parts]
+            joins = name in ("y", "dx", "dresidual")
+            got[name] = torch.cat(tensors) if joins else sum(t.double() for t in tensors)
+        mask = ~(got["y"] <= 0) if case.dtype != torch.float64 else None
+        want = written_out_step(exact, {name: t.double() for name, t in inputs.items()}, mask)
+        theirs = written_out_step(eager, inputs, mask)
+        assert set(got) == set(want)
+        for name, value in got.items():
+            if case.dtype == torch.float64:
+                torch.testing.assert_close(value, want[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+            else:
+                check_error(f"{name} in step {step}", value, theirs[name], want[name])
+
+    states = [rank["folded"][case.name]["state"] for rank in ranks]
+    assert list(states[0]) == list(eager.inner.state_dict())
+    for name, value in states[0].items():
+        assert all(torch.equal(state[name], value) for state in states), name
+        if "running" in name and case.dtype != torch.float64:
+            check_error(name, value, eager.inner.state_dict()[name], exact.inner.state_dict()[name])
+        else:
+            torch.testing.assert_close(value, eager.inner.state_dict()[name], rtol=1e-9, atol=1e-9)
+
+
+def test_second_derivatives_of_a_folded_region(two):
+    case = next(case for case in worker.FOLDED_TWO if case.name == "conv, residual")
+    module = WrittenOut(case)
+    want = worker.penalty(module.inner, module, **case.inputs(0))
+    for name, value in want.items():
+        found = [rank["twice, folded"][name] for rank in two]
+        got = torch.cat(found) if name in ("x", "dx") else sum(found)
+        torch.testing.assert_close(got, value, rtol=1e-8, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_statistics_keep_a_large_mean(two):
     """Means of 1e4 that differ between the processes, standard deviation 2: exact to float32's last bits."""
     case = next(c for c in worker.TWO if c.name == "large mean")

@@ -119,6 +119,36 @@ def test_moments_of_a_large_mean() -> None:
 
 @sizes
 @dtypes
+def test_statistics(shape, channels, dtype) -> None:
+    """Of what was stored: those of batch_norm_statistics, to float32's rounding within blocks."""
+    o = Operands(shape, channels, dtype)
+    out, partial = family.CONV1X1_STATISTICS.cpu(o.y + 3, o.folded)
+    want, _ = family.CONV1X1_STATISTICS.reference(o.y + 3, o.folded)
+    assert out.stride() == want.stride()
+    eps = max(torch.finfo(dtype).eps, 2.0**-46 if dtype == torch.float64 else 2.0**-19)
+    assert (out.double() - want).abs().max() <= eps * want.abs().max()
+    mean, m2, count = torch.ops.fusedres.batch_norm_statistics_reference(out).split([channels, channels, 1])
+    got_mean, got_m2, got_count = partial.split([channels, channels, 1])
+    wide = torch.finfo(o.wide).eps
+    assert got_count == count
+    torch.testing.assert_close(got_mean, mean, rtol=8 * wide, atol=8 * wide * mean.abs().max().item())
+    torch.testing.assert_close(got_m2, m2, rtol=64 * wide, atol=64 * wide * m2.max().item())
+
+
+def test_statistics_of_a_large_mean_and_of_infinity() -> None:
+    x = torch.randn(4, 8, 30, 30).contiguous(memory_format=CHANNELS_LAST)
+    w = torch.rand(16, 8) + 1000 * (torch.arange(8) == 7)
+    x[:, 7] = 1.0
+    for value in (1.0, float("inf"), float("nan")):
+        x[0, 0, 3, 3] = value
+        out, partial = family.CONV1X1_STATISTICS.cpu(x, w)
+        want = torch.ops.fusedres.batch_norm_statistics_reference(out)
+        torch.testing.assert_close(partial, want, rtol=1e-5, atol=1e-6, equal_nan=True)
+        assert out[1].mean() > 900
+
+
+@sizes
+@dtypes
 @normalised
 @pytest.mark.parametrize("addend", ["none", "residual", "masked residual", "pair"])
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
@@ -244,6 +274,7 @@ def test_bits_depend_neither_on_run_nor_on_threads(shape, channels, dtype) -> No
         results.append(
             [
                 *MOMENTS.cpu(o.y, o.norm, 1),
+                *family.CONV1X1_STATISTICS.cpu(o.y, o.folded),
                 *APPLY.cpu(o.y, o.norm, o.folded, o.shift, 1, None, None, 1, o.residual, o.residual_mask, True, True),
                 *REDUCE.cpu(o.dy, o.mask, o.y, o.norm, 1, None, 1, True, True),
                 *BACKWARD_APPLY.cpu(o.dy, o.mask, o.y, o.norm, o.folded, o.mixing, o.offset, 1, *pair, True, False),

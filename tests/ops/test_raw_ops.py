@@ -82,6 +82,9 @@ def test_every_raw_op_is_exercised(record_ops) -> None:
                     tensors[n].requires_grad_()
                 verification.ours(case, tensors).sum().backward()
             add_act(torch.randn(3), torch.randn(3))
+            bottleneck = fusedres.Bottleneck(16, 4)
+            bottleneck.folding = "always"
+            bottleneck(torch.randn(2, 16, 4, 4).contiguous(memory_format=torch.channels_last)).sum().backward()
             x = torch.randn(2, 4, 3, 3)  # what several processes call
             statistics, apply, reduce, finish = batch_norm_sync.implementations(x)
             _, stats, _ = apply(x, None, statistics(x)[None], *[None] * 5, 0.1, 1e-5, True, False)
@@ -91,6 +94,7 @@ def test_every_raw_op_is_exercised(record_ops) -> None:
     with record_ops() as record:  # which not every library has
         y, weight = torch.randn(2, 4, 3, 3).contiguous(memory_format=torch.channels_last), torch.randn(5, 4)
         ops = torch.ops.fusedres
+        ops.conv1x1_statistics(y, weight)
         mean, cov = ops.conv1x1_moments(y, None, 1)
         folded, shift, stats, covariance = ops.conv1x1_bn_fold(
             weight[..., None, None], None, None, mean, cov, None, 1e-5, 18, None, y.dtype

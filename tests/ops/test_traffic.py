@@ -34,6 +34,7 @@ from fusedres.ops.conv1x1_bn_act import (
     conv1x1_bn_unfold_traffic,
     conv1x1_bn_update_running_traffic,
     conv1x1_moments_traffic,
+    conv1x1_statistics_traffic,
 )
 from fusedres.ops.registry import OPS
 
@@ -163,6 +164,7 @@ def test_folded_by_hand():
     args = ((2, 3, 5, 7), 4, torch.bfloat16)
     assert launches(conv1x1_moments_traffic(args[0], args[2], stride=2)) == {"moments": (y, 8 * (3 + 9))}
     weight, weight2, shift = 2 * 4 * 3, 2 * 4 * 5, 4 * 4
+    assert launches(conv1x1_statistics_traffic(*args)) == {"apply": (210 * 2 + weight, 70 * 4 * 2 + 8 * 9)}
     assert launches(conv1x1_bn_act_apply_traffic(*args, **first, residual=True)) == {
         "apply": (y + weight + shift + out, out + mask)
     }
@@ -170,10 +172,10 @@ def test_folded_by_hand():
         "apply": (y + weight + y2 + weight2 + shift, out)
     }
     assert launches(conv1x1_bn_act_backward_reduce_traffic(*args, **first, need_g=True)) == {
-        "reduce": (out + mask + y, out + 8 * (4 + 4 * 3))
+        "reduce": (out + mask + y, out + 8 * 4 + 4 * 4 * 3)
     }
     assert launches(conv1x1_bn_act_backward_reduce_traffic(*args, **second, relu=False)) == {
-        "reduce": (out + y + y2, 8 * (4 + 4 * 3 + 4 * 5))
+        "reduce": (out + y + y2, 8 * 4 + 4 * (4 * 3 + 4 * 5))
     }
     sums = conv1x1_bn_act_backward_reduce_traffic(*args, **second, need_products=False)
     assert launches(sums) == {"reduce": (out + mask, 8 * 4)}
@@ -189,7 +191,7 @@ def test_folded_by_hand():
     masked = conv1x1_bn_act_apply_traffic(*args, norm=True, residual=True, residual_mask=True, save_mask=False)
     assert launches(masked) == {"apply": (y + norm + weight + shift + out + mask, out)}
     assert launches(conv1x1_bn_act_backward_reduce_traffic(*args, norm=True)) == {
-        "reduce": (out + mask + y + norm, 8 * (4 + 4 * 3))
+        "reduce": (out + mask + y + norm, 8 * 4 + 4 * 4 * 3)
     }
     sums = conv1x1_bn_act_backward_reduce_traffic(*args, norm=True, need_products=False)
     assert launches(sums) == {"reduce": (out + mask, 8 * 4)}
@@ -210,14 +212,14 @@ def test_small_matrices_by_hand():
     assert launches(fold) == {"fold": (loads, w + 16 + 3 * k + 9 * 4)}
     assert fold.floor == fold.total
     unfold = conv1x1_bn_unfold_traffic(*args, weight_dtype=torch.bfloat16, param_dtype=None)
-    read = w + 12 * 8 + c + 2 * k
+    read = w + 12 * 4 + c + 2 * k
     assert launches(unfold) == {
         "slopes": (read, 2 * k + w),
         "unfold": (read + k + 9 * 4, w + 9 * 2 + 3 * 4),
     }
     assert unfold.floor == read + 9 * 4 + k + w + w + 9 * 2 + 3 * 4
     first = conv1x1_bn_unfold_traffic(*args, need_dconv_weight=False, need_dy=False)
-    assert launches(first) == {"slopes": (4 * 3 * 4 + 12 * 8 + 16 + c + 2 * k, 2 * k)}
+    assert launches(first) == {"slopes": (4 * 3 * 4 + 12 * 4 + 16 + c + 2 * k, 2 * k)}
     assert launches(conv1x1_bn_update_running_traffic(4)) == {"update_running": (2 * k + 2 * 16 + 8, 2 * 16 + 8)}
 
 
@@ -330,6 +332,7 @@ def test_calls_are_read_by_the_schema():
             (ops.batch_norm_act_backward_apply, x, x, v, v, stats, None, sums, True, True, False),
             batch_norm_act_backward_apply_traffic(shape, dtype),
         ),
+        ((ops.conv1x1_statistics, x, folded), conv1x1_statistics_traffic(shape, 4, dtype)),
         ((ops.conv1x1_moments, x, norm, 1), conv1x1_moments_traffic(shape, dtype, norm=True)),
         (
             (ops.conv1x1_bn_act_apply, x, norm, folded, shift, 1, None, None, 1, out, mask, True, False),
