@@ -141,7 +141,7 @@ class _Call:
     def moments(self, norm: bool = False, stride: int = 1) -> None:
         conv1x1_bn_act.conv1x1_moments(self.x, self.stats if norm else None, stride)
 
-    def statistics(self, k: int) -> None:
+    def convolution_statistics(self, k: int) -> None:
         conv1x1_bn_act.conv1x1_statistics(self.x, _meta((k, self.x.size(1)), self.dtype))
 
     def folded(self, c: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -281,12 +281,12 @@ def _add_conv1x1(add: Callable[..., None]) -> None:
         add(name, shape, dtype, "channels_last", "input_gradient", k=4 * shape[1])
     first = {"narrow": _LARGE, "middle": (256, 512, 28, 28), "wide": (256, 2048, 7, 7)}  # what blocks begin with
     for (size, shape), dtype in itertools.product(first.items(), ("bf16", "f32")):
-        add(f"conv1x1_statistics {size}", shape, dtype, "channels_last", "statistics", k=shape[1] // 4)
-    add("conv1x1_statistics narrow", _LARGE, "f16", "channels_last", "statistics", k=64)
-    add("conv1x1_statistics narrow", _LARGE, "f64", "channels_last", "statistics", k=64)
+        add(f"conv1x1_statistics {size}", shape, dtype, "channels_last", "convolution_statistics", k=shape[1] // 4)
+    add("conv1x1_statistics narrow", _LARGE, "f16", "channels_last", "convolution_statistics", k=64)
+    add("conv1x1_statistics narrow", _LARGE, "f64", "channels_last", "convolution_statistics", k=64)
     for dtype in ("bf16", "f32"):
-        add("conv1x1_statistics odd", (64, 67, 28, 28), dtype, "channels_last", "statistics", k=130)
-    add("conv1x1_statistics unaligned", (64, 84, 28, 28), "bf16", "channels_last", "statistics", k=36)
+        add("conv1x1_statistics odd", (64, 67, 28, 28), dtype, "channels_last", "convolution_statistics", k=130)
+    add("conv1x1_statistics unaligned", (64, 84, 28, 28), "bf16", "channels_last", "convolution_statistics", k=36)
     add("conv1x1_moments strided", _SHORTCUT, "bf16", "channels_last", "moments", stride=2)
 
 

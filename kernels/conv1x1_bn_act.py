@@ -5,7 +5,7 @@ made of the same pieces: rows at a stride, a bit mask over the left operand, a s
 
 ``_rows_kernel`` multiplies rows by a small matrix: ``A B [+ A2 B2] + shift [+ residual]``, ReLU and bit mask. It is
 ``apply`` (A, A2 = y, y2), ``backward_apply`` (A = masked dy, A2 = y, one output for y and one for y2) and
-``conv1x1_statistics``: the product alone, whose epilogue leaves statistics of the tile for ``_merge_kernel``.
+``conv1x1_statistics``: the product alone, whose epilogue leaves statistics of the tile for ``_merge_tiles_kernel``.
 
 ``_columns_kernel`` multiplies columns over all rows: ``A^T [B | B2]`` and the column sums of A, by chunks of rows whose
 results ``_combine_kernel`` adds in float64 in a fixed order. It is ``moments`` (A = B = y, upper tiles only) and
@@ -482,7 +482,7 @@ def _mask_kernel(out_ptr, mask_ptr, elements, mask_bytes, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=SCALARS)
-def _merge_kernel(
+def _merge_tiles_kernel(
     partial_ptr,  # [parts, 3, C]: shift, mean - shift, M2
     out_ptr,  # float64: [groups, 3, C], or of the LAST launch, of one group, mean, M2 (C each) and count
     rows,
@@ -1207,7 +1207,7 @@ def _merge(parts: Tensor, chunk_rows: int, rows: int) -> Tensor:
         groups = triton.cdiv(parts.size(0), group)
         shape = (2 * channels + 1,) if last else (groups, 3, channels)
         merged = parts.new_empty(shape, dtype=torch.float64)
-        _merge_kernel[(groups * triton.cdiv(channels, MERGE_COLUMNS),)](
+        _merge_tiles_kernel[(groups * triton.cdiv(channels, MERGE_COLUMNS),)](
             parts,
             merged,
             rows=rows,

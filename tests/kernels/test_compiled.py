@@ -38,7 +38,8 @@ QUICK = [
     ("gfx942", "conv1x1_bn_*fold wide bf16 f32-weight"),
 ]
 SHARED = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}  # bytes that a program may have
-OF_VECTORS = ("_combine_kernel", "_merge_kernel", "_merge_parts_kernel", "_coefficients_kernel")  # and every finalise
+# and every finalise
+OF_VECTORS = ("_combine_kernel", "_merge_tiles_kernel", "_merge_parts_kernel", "_coefficients_kernel")
 MATRIX = {"80": "mma", "90": "wgmma", "100": "tcgen05", "gfx942": "mfma"}
 
 
