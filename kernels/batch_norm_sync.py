@@ -1,7 +1,8 @@
 """``act(bn(x) + residual)`` of a batch that is spread over processes, cut as fusedres/ops/batch_norm_sync.py says.
 
 The passes over tensors are those of kernels/batch_norm_act.py. What is per channel has kernels here: the processes
-exchange float64, and how many values they have together only the device knows. Each op is two launches.
+exchange float64, and how many values they have together only the device knows. Each op is two launches. As there, the
+statistics of channels that hold an infinity are NaN.
 """
 
 from __future__ import annotations
@@ -253,7 +254,10 @@ def batch_norm_act_apply(
     norm = Norm(x, weight, bias, running_mean, running_var, num_batches_tracked, True, momentum, eps)
     check(x, (residual,), norm.vectors)
     _check_exchanged(x, "partials", partials, 2)
-    if norm.cumulative and norm.counter is None:
+    counter = norm.counter
+    if counter is not None and (counter.dtype != torch.int64 or counter.numel() != 1 or counter.device != x.device):
+        raise RuntimeError("num_batches_tracked must be one int64 on the device of x")
+    if norm.cumulative and counter is None:
         raise RuntimeError("momentum=None needs num_batches_tracked")
     channels = x.size(1)
     out = torch.empty_like(x)
@@ -262,12 +266,12 @@ def batch_norm_act_apply(
         residual = laid_out_like(residual, x)
     with torch.cuda.device_of(x):
         if norm.cumulative:
-            norm.counter.add_(1)
+            counter.add_(1)
         _merge_parts_kernel[(max(1, triton.cdiv(channels, BLOCK_C)),)](
             partials,
             norm.stats,
             *norm.running,
-            norm.counter,
+            counter,
             norm.momentum,
             eps,
             channels=channels,

@@ -287,6 +287,8 @@ def test_refusals_write_nothing():
         {"x": x[..., ::2]},
         {"x": x[0]},
         {"momentum": None, "counter": None},
+        {"counter": counter.int()},
+        {"counter": counter.repeat(2)},
     ):
         with pytest.raises(RuntimeError):
             kernels.batch_norm_act_apply(*(arguments | wrong).values(), EPS, True, False)
