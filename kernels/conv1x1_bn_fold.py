@@ -12,7 +12,7 @@ else needs all slopes. In the second launch some programs have columns of ``mixi
 ``_update_running_kernel``, one program, for the counter is read as well as written.
 
 The floor, with a float32 weight and bfloat16 activations: fold computes K C^2 flops by the symmetry of cov, and none of
-them where the variance is known; unfold 4 K C^2. From 512 to 2048 channels that is 0.5 and 2.1 Gflop for 10 and 21 MB,
+them where the variance is known; unfold 4 K C^2. From 512 to 2048 channels that is 0.5 and 2.1 Gflop for 10 and 16 MB,
 so the arithmetic decides; from 64 to 256 channels 1 and 4 Mflop for 0.2 and 0.3 MB, so the launches do.
 """
 
