@@ -10,7 +10,10 @@ TRITON_INTERPRET=1 from the start of the process.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +33,18 @@ class Launch:
     stores: int
     requested_loads: int
     requested_stores: int
+
+
+# By kernel, over all launches of this process: how many there were, distinct bytes, requested bytes.
+_totals: dict[str, list[int]] = {}
+
+
+@atexit.register
+def _write_totals() -> None:
+    """To the file that ``FUSEDRES_BYTES_FILE`` names, for test_interpreted.py to report."""
+    if path := os.environ.get("FUSEDRES_BYTES_FILE"):
+        with open(path, "w") as file:
+            json.dump(_totals, file)
 
 
 class _Accesses:
@@ -109,9 +124,12 @@ def count_bytes() -> Iterator[list[Launch]]:
         extents = _extents([t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)])
         for accesses in (loads, stores):
             _check_inside(self.fn.__name__, accesses, extents)
-        launches.append(
-            Launch(self.fn.__name__, loads.distinct(), stores.distinct(), loads.requested, stores.requested)
-        )
+        launch = Launch(self.fn.__name__, loads.distinct(), stores.distinct(), loads.requested, stores.requested)
+        launches.append(launch)
+        total = _totals.setdefault(launch.kernel, [0, 0, 0])
+        total[0] += 1
+        total[1] += launch.loads + launch.stores
+        total[2] += launch.requested_loads + launch.requested_stores
 
     with (
         mock.patch.object(builder, "create_masked_load", counted_load),
