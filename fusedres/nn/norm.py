@@ -403,8 +403,8 @@ def bottleneck(
     Args:
         pairs: conv1, conv2, conv3 and, of a projection, the shortcut's convolution, each with its norm.
     """
-    asked, (last, _) = folding_asked(folding), pairs[2]
-    if asked == "never" or type(last) is not nn.Conv2d or not is_plain_relu(act):
+    asked, (last, last_norm) = folding_asked(folding), pairs[2]
+    if asked == "never" or not last_norm.training or type(last) is not nn.Conv2d or not is_plain_relu(act):
         return None
     if not isinstance(x, Tensor) or not _may_fuse(x) or x.dim() != 4:
         return None
