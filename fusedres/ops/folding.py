@@ -24,8 +24,10 @@ FOLDINGS = ("auto", "always", "never")
 # The cost model of "auto" on a CPU. The GEMM is as large either way; what folding adds, the moments, two products per
 # pixel of C x C and small matrices, grows with C and pays by the passes over a wide output that it saves. By dtype:
 # the most input channels, the fewest pixels, and the fewest of images of 28x28 and larger, with which it never lost to
-# the convolution and the fused batch norm (benchmarks/bench_conv1x1_bn_act.py), with AVX-512.
+# the convolution and the fused batch norm (benchmarks/bench_bottleneck.py), with AVX-512. Of few pixels in large images
+# the library's convolutions are slow: there it gains with more channels beside a convolution that has no more.
 _GAINS_ON_CPU = {torch.float32: (128, 24_000, 6_000), torch.bfloat16: (128, 24_000, 24_000)}
+_FEW_PIXELS_ON_CPU = {torch.float32: (256, 8_000)}  # most input channels, most pixels
 _LARGE_IMAGE = 28 * 28
 _OUTPUTS_PER_CHANNEL = 4
 
@@ -177,7 +179,10 @@ def never_gains(
     if dtype not in _GAINS_ON_CPU:
         return f"nothing has been measured in {dtype}"
     most, (most_channels, fewest, fewest_in_large) = max(channels), _GAINS_ON_CPU[dtype]
-    if most > most_channels or outputs < _OUTPUTS_PER_CHANNEL * most:
+    channels_of_few, few = _FEW_PIXELS_ON_CPU.get(dtype, (0, 0))
+    beside = pixels <= few and most <= channels_of_few and channels[0] <= most_channels
+    widest = channels[0] if beside else most
+    if widest > most_channels or outputs < _OUTPUTS_PER_CHANNEL * widest:
         return (
             f"{most} to {outputs} channels, and folding gains up to {most_channels} and to {_OUTPUTS_PER_CHANNEL} times"
             " as many"

@@ -376,6 +376,9 @@ def test_folding_choice() -> None:
         assert not folds, change
         assert says in why
     assert choice(device="cuda", measured="fold", channels=(512,))[0]
+    assert choice(channels=(128, 256), outputs=512, pixels=6_272)[0]
+    assert not choice(channels=(128, 256), outputs=512, pixels=12_544)[0]
+    assert not choice(channels=(256,), outputs=1024, pixels=6_272)[0]
     for change in ({"channels_last": False}, {"device": "cuda"}, {"channels": (64, 65)}, {"capability": "avx2"}):
         assert choice("always", **change)[0]
     assert not choice("always", pixels=255)[0]
