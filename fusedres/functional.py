@@ -56,7 +56,7 @@ from .ops.conv1x1_bn_act import (
 from .ops.folded_call import Conv1x1, can_move, checked_moments, folding_ops_for
 from .ops.folding import FoldingDecision, folding_asked
 from .ops.layout import dense
-from .ops.tracing import autocast_dtype, is_traced
+from .ops.tracing import autocast_dtype, is_traced, wants_gradients
 
 __all__ = [
     "add_act",
@@ -908,7 +908,7 @@ def batch_norm_act_conv(
     for name, parameter in (("conv_weight", conv_weight), ("conv_bias", conv_bias)):
         if amp is None and parameter is not None and parameter.dtype != x.dtype:
             raise RuntimeError(f"{name} must have the dtype of x, {x.dtype}, but got {parameter.dtype}")
-    keeps = training and _wants_gradients(x, weight, bias, conv_weight, conv_bias)
+    keeps = training and wants_gradients(x, weight, bias, conv_weight, conv_bias)
     visible = not is_compiling() and not is_traced() and can_move(running_mean, running_var, num_batches_tracked)
     keeps = keeps and x.dim() == 4 and (x.numel() > 0 or process_group is not None)
     by = passes(x) if keeps and visible else None
@@ -1148,10 +1148,6 @@ def conv1x1_bn_add_conv1x1_bn_act(
     )
 
 
-def _wants_gradients(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def _unwrapped(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Without the wrappers of transforms that have ended."""
     return tuple(t if t is None else _unwrap_if_dead(t) for t in tensors)
@@ -1173,7 +1169,7 @@ def conv1x1_bn_act_of_moments(
     """
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
-    if not _wants_gradients(y, conv_weight, weight, bias, residual):
+    if not wants_gradients(y, conv_weight, weight, bias, residual):
         *of_branch, relu, ops = config
         return folded_forward((Input(y, conv_weight, weight, bias, *of_branch),), residual, relu, False, ops)[0]
     if is_compiling():
@@ -1190,7 +1186,7 @@ def _conv1x1_bn_add_conv1x1_bn_act(
 
     ``first`` and ``second`` are y, conv_weight, weight, bias.
     """
-    if not _wants_gradients(*first, *second):
+    if not wants_gradients(*first, *second):
         *of_branches, relu, ops = config
         half = len(of_branches) // 2
         inputs = (Input(*first, *of_branches[:half]), Input(*second, *of_branches[half:]))

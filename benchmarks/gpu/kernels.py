@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedres.ops import conv1x1_bn_act as folded
 from fusedres.ops import registry
+from fusedres.ops.calls import arguments_of, call_traffic
 from fusedres.ops.folded_bottleneck import FoldedBottleneckFunction
 from fusedres.ops.tracing import in_backward
 
@@ -69,121 +71,44 @@ class Call:
 # ---- what a call is --------------------------------------------------------------------------------------------------
 
 
-def _statistics(x: Tensor, weight: Tensor) -> Call:
-    (n, h, w), (k, c) = (x.size(0), *x.shape[2:]), weight.shape
-    moved = folded.conv1x1_statistics_traffic(x.shape, k, x.dtype)
-    return Call("folded: conv1", "conv1x1_statistics", f"{n * h * w}x{c}->{k}", moved.floor, 2 * n * h * w * c * k)
-
-
-def _moments(y: Tensor, norm: Tensor | None, stride: int) -> Call:
-    n, c = folded.pixels(y, stride), y.size(1)
-    moved = folded.conv1x1_moments_traffic(y.shape, y.dtype, norm=norm is not None, stride=stride)
-    return Call("folded: moments", "conv1x1_moments", f"{n}x{c}", moved.floor, n * c * (c + 1))  # of one triangle
-
-
-def _second(y2: Tensor | None, stride2: int) -> dict[str, Any]:
-    return {} if y2 is None else {"shape2": y2.shape, "stride2": stride2}
-
-
 def _shape(n: int, k: int, *inputs: Tensor | None) -> str:
     return f"{n}x{'+'.join(str(y.size(1)) for y in inputs if y is not None)}->{k}"
 
 
-def _apply(
-    y: Tensor,
-    norm: Tensor | None,
-    weight: Tensor,
-    shift: Tensor,
-    stride: int,
-    y2: Tensor | None,
-    weight2: Tensor | None,
-    stride2: int,
-    residual: Tensor | None,
-    residual_mask: Tensor | None,
-    relu: bool,
-    save_mask: bool,
-) -> Call:
-    n, k = folded.pixels(y, stride), weight.size(0)
-    moved = folded.conv1x1_bn_act_apply_traffic(
-        y.shape,
-        k,
-        y.dtype,
-        norm=norm is not None,
-        stride=stride,
-        residual=residual is not None,
-        residual_mask=residual_mask is not None,
-        save_mask=save_mask,
-        **_second(y2, stride2),
-    )
+# Of a pass over the pixels, from its arguments by name: group, shape, flops.
+
+
+def _statistics(a: SimpleNamespace) -> tuple[str, str, int]:
+    n, (k, c) = folded.pixels(a.x, 1), a.weight.shape
+    return "folded: conv1", _shape(n, k, a.x), 2 * n * c * k
+
+
+def _moments(a: SimpleNamespace) -> tuple[str, str, int]:
+    n, c = folded.pixels(a.y, a.stride), a.y.size(1)
+    return "folded: moments", f"{n}x{c}", n * c * (c + 1)  # of one triangle
+
+
+def _apply(a: SimpleNamespace) -> tuple[str, str, int]:
+    n, k = folded.pixels(a.y, a.stride), a.folded.size(0)
     group = "folded: gradient of conv1's input" if in_backward() else "folded: output"
-    inputs = y.size(1) + (0 if y2 is None else y2.size(1))
-    return Call(group, "conv1x1_bn_act_apply", _shape(n, k, y, y2), moved.floor, 2 * n * k * inputs)
+    inputs = a.y.size(1) + (0 if a.y2 is None else a.y2.size(1))
+    return group, _shape(n, k, a.y, a.y2), 2 * n * k * inputs
 
 
-def _reduce(
-    dy: Tensor,
-    mask: Tensor | None,
-    y: Tensor,
-    norm: Tensor | None,
-    stride: int,
-    y2: Tensor | None,
-    stride2: int,
-    need_g: bool,
-    need_products: bool,
-) -> Call:
-    n, k = folded.pixels(y, stride), dy.size(1)
-    moved = folded.conv1x1_bn_act_backward_reduce_traffic(
-        y.shape,
-        k,
-        y.dtype,
-        norm=norm is not None,
-        stride=stride,
-        relu=mask is not None,
-        need_g=need_g,
-        need_products=need_products,
-        **_second(y2, stride2),
-    )
-    inputs = need_products * (y.size(1) + (0 if y2 is None else y2.size(1)))
-    shape = _shape(n, k, y, y2)
-    return Call("folded: products", "conv1x1_bn_act_backward_reduce", shape, moved.floor, 2 * n * k * inputs)
+def _reduce(a: SimpleNamespace) -> tuple[str, str, int]:
+    n, k = folded.pixels(a.y, a.stride), a.dy.size(1)
+    inputs = a.need_products * (a.y.size(1) + (0 if a.y2 is None else a.y2.size(1)))
+    return "folded: products", _shape(n, k, a.y, a.y2), 2 * n * k * inputs
 
 
-def _backward_apply(
-    dy: Tensor,
-    mask: Tensor | None,
-    y: Tensor,
-    norm: Tensor | None,
-    weight: Tensor,
-    mixing: Tensor,
-    offset: Tensor,
-    stride: int,
-    y2: Tensor | None,
-    weight2: Tensor | None,
-    mixing2: Tensor | None,
-    offset2: Tensor | None,
-    stride2: int,
-    need_dx: bool,
-    need_dx2: bool,
-) -> Call:
-    n, k = folded.pixels(y, stride), dy.size(1)
-    moved = folded.conv1x1_bn_act_backward_apply_traffic(
-        y.shape,
-        k,
-        y.dtype,
-        norm=norm is not None,
-        stride=stride,
-        relu=mask is not None,
-        need_dx=need_dx,
-        need_dx2=need_dx2,
-        **_second(y2, stride2),
-    )
-    wanted = [x for x, need in ((y, need_dx), (y2, need_dx2)) if need]
+def _backward_apply(a: SimpleNamespace) -> tuple[str, str, int]:
+    n, k = folded.pixels(a.y, a.stride), a.dy.size(1)
+    wanted = [x for x, need in ((a.y, a.need_dx), (a.y2, a.need_dx2)) if need]
     flops = sum(2 * n * x.size(1) * (k + x.size(1)) for x in wanted)
-    shape = _shape(n, k, *wanted)
-    return Call("folded: input gradient", "conv1x1_bn_act_backward_apply", shape, moved.floor, flops)
+    return "folded: input gradient", _shape(n, k, *wanted), flops
 
 
-_PASSES: dict[str, Callable[..., Call]] = {
+_PASSES: dict[str, Callable[[SimpleNamespace], tuple[str, str, int]]] = {
     "conv1x1_statistics": _statistics,
     "conv1x1_moments": _moments,
     "conv1x1_bn_act_apply": _apply,
@@ -195,7 +120,9 @@ _PASSES: dict[str, Callable[..., Call]] = {
 def own_call(op: str, args: Sequence[Any]) -> Call:
     """A call of an op of this package, by any backend."""
     if op in _PASSES:
-        return _PASSES[op](*args)
+        func = getattr(torch.ops.fusedres, op).default
+        group, shape, flops = _PASSES[op](arguments_of(func, args))
+        return Call(group, op, shape, call_traffic(func, args).floor, flops)
     group = "stem" if "max_pool" in op else "small matrices" if op in _SMALL else "batch norm and elementwise"
     return Call(group, op)
 

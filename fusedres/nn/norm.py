@@ -11,12 +11,12 @@ from torch.fx import Proxy
 from torch.nn.modules import module as _module
 
 from .. import functional as fused
-from ..ops.batch_norm_act_conv import Convolution
+from ..ops.batch_norm_act_conv import CONV1X1, Convolution
 from ..ops.checks import check_act
 from ..ops.folded_bottleneck import Part, folded_bottleneck
 from ..ops.folded_call import Conv1x1, folding_ops_for, may_gain
 from ..ops.folding import FoldingDecision, folding_asked
-from ..ops.tracing import is_traced
+from ..ops.tracing import is_traced, wants_gradients
 
 
 def _tensors(norm: nn.BatchNorm2d, traced: bool) -> tuple[Tensor | None, ...]:
@@ -190,12 +190,6 @@ def _convolution(conv: nn.Module) -> Convolution | None:
     return None if isinstance(padding, str) else Convolution(conv.stride, padding, conv.dilation, conv.groups)
 
 
-def _is_trained(*tensors: Tensor | None) -> bool:
-    """Whether a call with these will want gradients, and nothing traces it."""
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return wanted and not torch.compiler.is_compiling() and not is_traced()
-
-
 def norm_act_conv(
     norm: nn.Module, x: Tensor, act: nn.Module | None, conv: nn.Module, recompute: bool = False
 ) -> Tensor:
@@ -207,7 +201,9 @@ def norm_act_conv(
             _check_four_dimensional(x)
             positional, keywords = _statistics(norm)
             meets_others = synchronised and norm.is_synchronised()
-            if meets_others and not _is_trained(x, *positional[2:], conv.weight, conv.bias):
+            leaves = (x, *positional[2:], conv.weight, conv.bias)
+            unseen = torch.compiler.is_compiling() or is_traced()
+            if meets_others and (unseen or not wants_gradients(*leaves)):
                 return conv(norm_act(norm, x, None, act))
             return fused.batch_norm_act_conv(
                 x,
@@ -419,11 +415,10 @@ def bottleneck(
         if not norm.training or not is_fusable(norm, relu_follows):
             return None
     first, second, third, *shortcut = convolutions
-    plain = Convolution((1, 1), (0, 0), (1, 1), 1)
     stride, columns = shortcut[0].stride if shortcut else (1, 1)
-    if first != plain or third != plain or stride != columns:
+    if first != CONV1X1 or third != CONV1X1 or stride != columns:
         return None
-    if shortcut and shortcut[0]._replace(stride=(1, 1)) != plain:
+    if shortcut and shortcut[0]._replace(stride=(1, 1)) != CONV1X1:
         return None
     parts = [_part(conv, norm) for conv, norm in pairs]
     return folded_bottleneck(x, parts, second, stride, asked, recompute, decision)

@@ -25,7 +25,7 @@ from ..ops.checks import check_act, check_addend, check_batch_norm, check_conv1x
 from ..ops.conv1x1_bn_act import output_moments
 from ..ops.folded_call import Conv1x1, can_move, checked_moments, folding_ops_for
 from ..ops.folding import FoldingDecision, folding_asked
-from ..ops.tracing import is_traced
+from ..ops.tracing import is_traced, wants_gradients
 from .norm import BatchNormAct2d, register_synchronised
 
 __all__ = ["SyncBatchNormAct2d"]
@@ -101,7 +101,7 @@ def _across_processes(
     )
     ops = implementations(x)
     leaves = (x, residual, weight, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
+    if wants_gradients(*leaves):
         return SyncBatchNormActFunction.apply(*arguments, process_group, ops, partials)
     return sync_batch_norm_act(*arguments, False, process_group, ops, partials)[0]
 

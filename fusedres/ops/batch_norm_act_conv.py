@@ -131,6 +131,9 @@ class Convolution(NamedTuple):
         )
 
 
+CONV1X1 = Convolution((1, 1), (0, 0), (1, 1), 1)
+
+
 class BatchNormActConvFunction(Function):
     """``conv(act(bn(x)))`` in training of a dense ``x``; of the activation nothing is kept.
 

@@ -46,15 +46,15 @@ from .traffic import COEFFICIENTS, COUNTER, PARTIALS, STATS, SUMS, Launch, Sizes
 # ---- reference -------------------------------------------------------------------------------------------------------
 
 
-def _pixels(x: Tensor) -> int:
+def pixels_of(x: Tensor) -> int:
     """Values per channel."""
     return x.size(0) * x.size(2) * x.size(3)
 
 
 def batch_norm_statistics_reference(x: Tensor) -> Tensor:
     x64 = x.double()
-    count = x64.new_full((1,), _pixels(x))
-    if _pixels(x) == 0:
+    count = x64.new_full((1,), pixels_of(x))
+    if pixels_of(x) == 0:
         return torch.cat([x64.new_zeros(2 * x.size(1)), count])
     mean = x64.mean(_DIMS)
     rest = (x64 - _per_channel(mean)).mean(_DIMS)
@@ -159,7 +159,7 @@ def _batch_norm_act_backward_reduce_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     g = _reference_gradient(dy, x, weight, bias, stats, mask, relu)
     of_g, of_gx = g.sum(_DIMS), (g * _reference_centred(x, stats)).sum(_DIMS)
-    sums = torch.cat([of_g, of_gx, of_g.new_full((1,), _pixels(x))])
+    sums = torch.cat([of_g, of_gx, of_g.new_full((1,), pixels_of(x))])
     dtype = stats.dtype if weight is None else weight.dtype
     affine = (of_gx * stats[1].double(), of_g) if need_affine else (stats.new_empty(0), stats.new_empty(0))
     return sums, *(v.to(dtype, copy=True) for v in affine)
@@ -494,7 +494,7 @@ def differentiable_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | N
     if group is None:
         return torch.batch_norm(x, weight, bias, None, None, True, 0.0, eps, False)
     x64 = x.double()
-    total = _SumOverRanks.apply(torch.cat([x64.sum(_DIMS), x64.new_full((1,), _pixels(x))]), group)
+    total = _SumOverRanks.apply(torch.cat([x64.sum(_DIMS), x64.new_full((1,), pixels_of(x))]), group)
     centred = x64 - _per_channel(total[:-1] / total[-1])
     y = centred * _per_channel((_SumOverRanks.apply(centred.square().sum(_DIMS), group) / total[-1] + eps).rsqrt())
     if weight is not None:
@@ -524,7 +524,7 @@ def differentiable_backward(
         g = dy * keep.to(dy.dtype)
     channels = x.size(1)
     x64, g64 = x.double(), g.double()
-    total = torch.cat([x64.sum(_DIMS), x64.new_full((1,), _pixels(x))])
+    total = torch.cat([x64.sum(_DIMS), x64.new_full((1,), pixels_of(x))])
     total = _SumOverRanks.apply(total, group)
     mean, count = total[:channels] / total[channels:], total[channels:]
     centred = x64 - _per_channel(mean)

@@ -174,6 +174,12 @@ def op_of(func: Any) -> str | None:
     return name.removesuffix("_reference").removesuffix("_triton") if namespace == "fusedres" else None
 
 
+def arguments_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Call:
+    """The arguments of a call of an op by the names of its schema."""
+    names = [argument.name for argument in func._schema.arguments]
+    return Call(**dict(zip(names, args, strict=False)), **(kwargs or {}))
+
+
 def call_traffic(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Traffic:
     """What a call of an op of this package moves; looks at shapes, dtypes and strides only.
 
@@ -186,5 +192,4 @@ def call_traffic(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | Non
     name = op_of(func)
     if name not in _TRAFFIC:
         raise LookupError(f"{func._schema.name} has no traffic function in fusedres/ops/calls.py")
-    names = [argument.name for argument in func._schema.arguments]
-    return _TRAFFIC[name](Call(**dict(zip(names, args, strict=False)), **(kwargs or {})))
+    return _TRAFFIC[name](arguments_of(func, args, kwargs))

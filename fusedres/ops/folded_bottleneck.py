@@ -36,8 +36,8 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function_variadic
 
-from .batch_norm_act_conv import Convolution, Norm, Passes, activation, gradients_of, norm_gradients, passes
-from .batch_norm_sync import differentiable_batch_norm, saved_statistics
+from .batch_norm_act_conv import CONV1X1, Convolution, Norm, Passes, activation, gradients_of, norm_gradients, passes
+from .batch_norm_sync import differentiable_batch_norm, pixels_of, saved_statistics
 from .conv1x1_bn_act import FoldingOps, strided_size, wide_dtype
 from .folded_call import Conv1x1, can_move, checked_moments, folding_ops_of
 from .folding import FoldingDecision
@@ -85,13 +85,6 @@ def _sums_about_mean(sums: Tensor, stats: Tensor, pixels: int) -> Tensor:
     return torch.cat([of_g, of_gx - stats[2].double() * of_g, of_g.new_full((1,), pixels)])
 
 
-def _pixels(x: Tensor) -> int:
-    return x.size(0) * x.size(2) * x.size(3)
-
-
-_CONV1X1 = Convolution((1, 1), (0, 0), (1, 1), 1)
-
-
 class FoldedBottleneckFunction(Function):
     """A block of channels_last tensors in one dtype.
 
@@ -110,9 +103,9 @@ class FoldedBottleneckFunction(Function):
         x1, partial1 = folding.statistics(x, casts[0].flatten(1))
         partials1 = partial1.view(1, -1)
         y1, stats1 = activation(x1, partials1, weight1, bias1, norm1.eps, True, by)
-        inner = [_mean_and_variance(partial1, _pixels(x1))]
+        inner = [_mean_and_variance(partial1, pixels_of(x1))]
         x2 = block.conv2(y1, casts[1], None).contiguous(memory_format=torch.channels_last)
-        pixels = _pixels(x2)
+        pixels = pixels_of(x2)
         inner.append(_mean_and_variance(by.statistics(x2), pixels))
         stats2 = saved_statistics(*inner[1], norm2.eps, wide_dtype(dtype))
         of_y2 = _input_norm(stats2, weight2, bias2)
@@ -140,7 +133,7 @@ class FoldedBottleneckFunction(Function):
         out, mask = folding.apply(x2, of_y2, folded[0], shift, 1, *second, residual, None, True, True)
 
         for norm, stats, count in zip(
-            block.norms, (*inner, *of_outer[2::3]), (_pixels(x1), *[pixels] * 3), strict=False
+            block.norms, (*inner, *of_outer[2::3]), (pixels_of(x1), *[pixels] * 3), strict=False
         ):
             folding.update_running(*norm[:4], stats, count)
         kept = (partials1, stats1, stats2, of_y2, mask, *casts, y1 if block.keep_y1 else None, x1, x2, *of_outer)
@@ -162,7 +155,7 @@ class FoldedBottleneckFunction(Function):
         dout, x, x1, x2 = (t.contiguous(**channels_last) for t in (dout, x, x1, x2))
         _, weight1, bias1, _, weight2, _, w3, weight3, _, *shortcut = parameters
         needs = ctx.needs_input_grad[1:]
-        pixels = _pixels(x2)
+        pixels = pixels_of(x2)
 
         # conv3 and the shortcut's convolution
         second = (x, block.stride) if shortcut else (None, 1)
@@ -194,7 +187,7 @@ class FoldedBottleneckFunction(Function):
             dy1.contiguous(**channels_last), x1, weight1, bias1, stats1, True, None, by, (True, True, True)
         )
         del dy1
-        dw1 = _CONV1X1.backward(dx1, x, w1, False, (False, True, False))[1]
+        dw1 = CONV1X1.backward(dx1, x, w1, False, (False, True, False))[1]
         dx = None
         if needs[0]:
             matrix = w1.flatten(1).t().contiguous()  # (K, C)
@@ -222,13 +215,13 @@ def _differentiable_gradients(
         def normalise(v: Tensor, affine: list[Tensor | None], norm: Norm) -> Tensor:
             return differentiable_batch_norm(v, *affine, norm.eps, None)
 
-        y = normalise(_CONV1X1(x, w1.to(dtype), None), affine1, norms[0]).relu()
+        y = normalise(CONV1X1(x, w1.to(dtype), None), affine1, norms[0]).relu()
         y = normalise(block.conv2(y, w2.to(dtype), None), affine2, norms[1]).relu()
-        y = normalise(_CONV1X1(y, w3.to(dtype), None), affine3, norms[2])
+        y = normalise(CONV1X1(y, w3.to(dtype), None), affine3, norms[2])
         beside = x
         if shortcut:
             wd, *affine = shortcut[0]
-            strided = _CONV1X1._replace(stride=(block.stride, block.stride))
+            strided = CONV1X1._replace(stride=(block.stride, block.stride))
             beside = normalise(strided(x, wd.to(dtype), None), affine, norms[3])
         return gradients_of((y + beside).relu(), leaves, dout, needs)
 

@@ -124,9 +124,6 @@ def folding_ops_of(
 ) -> FoldingOps | None:
     """Who serves a call that is described by numbers, for tensors like ``y``; arguments as of ``folding_choice``."""
     known = True if safe_unseen(dtype, sums_of(y.device.type)) else None if decision is None else decision.known(y)
-    traced = is_traced()
-    if decision is not None and not blind and not traced:
-        decision.asked(y, known)
     folds, _ = folding_choice(
         folding,
         dtype,
@@ -137,12 +134,16 @@ def folding_ops_of(
         image=pixels // max(1, y.size(0)),
         capability=registry.CPU_CAPABILITY,
         training=training,
-        traced=traced or (blind and not known),
+        traced=is_traced() or (blind and not known),
         channels_last=channels_last,
         fits=fits,
         measured=_measured(y, channels, outputs, pixels, dtype),
     )
-    return folding_ops(y) if folds and known is not False else None
+    if not folds:
+        return None
+    if decision is not None and not blind:
+        decision.asked(y, known)
+    return None if known is False else folding_ops(y)
 
 
 def _measured(y: Tensor, channels: Sequence[int], outputs: int, pixels: int, dtype: torch.dtype) -> str | None:

@@ -34,6 +34,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd will want gradients of a call with these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def in_backward() -> bool:
     """Whether autograd runs the call: a checkpoint computes again what it did not keep."""
     return not is_compiling() and torch._C._current_graph_task_id() != -1
